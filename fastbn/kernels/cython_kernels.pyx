@@ -1,0 +1,1057 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""The compiled kernels. kernels/__init__.py holds the contract; numba_kernels.py is this file's twin.
+
+One source, compiled once per instruction set: _cython_baseline.pyx, _cython_avx2.pyx and _cython_avx512.pyx each
+include it. Read it downwards: the plan (how the data is cut, by shape alone), the strips (the hot loops), the tasks
+(one chunk of one tile), the workers (one thread), and at the end what Python calls.
+"""
+cimport numpy as cnp
+from cython.parallel cimport parallel
+from libc.math cimport sqrt
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+cnp.import_array()
+
+cdef extern from "machine.h" nogil:
+    const int fastbn_has_openmp
+    int fastbn_cpu_level()
+    int team_rank()
+    int team_size()
+    void team_barrier()
+    void prefetch(const void* address)
+    void stream_copy(void* target, const void* source, size_t bytes)
+    void stream_end()
+
+ctypedef fused floating:
+    float
+    double
+
+cdef enum:
+    ROWS = 8              # wide rows a step: accumulators are loaded and stored once for eight rows
+    STRIP = 16            # columns a step: a constant, so that the compiler unrolls and vectorises the strip
+    TILE = 512            # columns whose accumulators a task keeps on its stack (12 KiB of L1)
+    LANES = 16            # accumulators a channel where the inner axis is swept
+    SHORT_INNER = 32      # inner axes shorter than this are swept as columns
+    BLOCK_ROWS = 128      # wide rows a block; a block has one pivot
+    BLOCK_INNER = 8192    # inner elements a channel a block
+    PIVOT_ROWS = 4        # wide rows whose mean is the pivot
+    MAX_CHUNKS = 64       # partial results a channel, at most; so also the threads that can share a column
+    SERIAL_BYTES = 65536  # a thread's fair share: below it, waking the thread costs more than it saves
+    STREAM_BYTES = 1 << 24  # outputs from here on bypass the caches
+    # Where a tile's coefficients lie in its one array, so that a strip takes one pointer for all of them:
+    CENTER = 0              # y = (x - center) * scale + offset
+    SCALE = TILE
+    OFFSET = 2 * TILE
+    A = 3 * TILE            # grad_x = a * dy + b * (x - center) + c
+    B = 4 * TILE
+    C = 5 * TILE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan: blocks of rows (or of inner elements) make a chunk, a chunk has one partial result a channel, channels come
+# in tiles; a task is one tile of one chunk. All of it follows from the shape, so the bits never depend on the threads.
+# ---------------------------------------------------------------------------------------------------------------------
+
+cdef struct Plan:
+    Py_ssize_t outer
+    Py_ssize_t channels
+    Py_ssize_t inner
+    bint by_inner          # sweep along the inner axis instead of across the columns
+    Py_ssize_t repeat      # accumulators side by side that belong to one channel
+    Py_ssize_t fold        # rows laid side by side to make a wide row (narrow data)
+    Py_ssize_t tile        # channels a tile
+    Py_ssize_t n_tiles
+    Py_ssize_t block_outer # outer rows a block
+    Py_ssize_t block_inner # inner elements a block
+    Py_ssize_t n_segments  # blocks that share their outer rows
+    Py_ssize_t n_blocks
+    Py_ssize_t chunk       # blocks a chunk
+    Py_ssize_t n_chunks
+
+
+cdef struct Block:
+    Py_ssize_t row
+    Py_ssize_t n_rows
+    Py_ssize_t start       # along the inner axis
+    Py_ssize_t length
+
+
+cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    return (a + b - 1) // b
+
+
+cdef Plan make_plan(Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner) noexcept nogil:
+    cdef Plan plan
+    plan.outer, plan.channels, plan.inner = outer, channels, inner
+    plan.by_inner = inner >= SHORT_INNER
+    plan.repeat = LANES if plan.by_inner else inner
+    plan.n_tiles = ceil_div(channels, TILE // plan.repeat)
+    plan.tile = ceil_div(channels, plan.n_tiles)
+    if not plan.by_inner and plan.n_tiles > 1:
+        plan.tile = min(ceil_div(plan.tile, STRIP) * STRIP, TILE // plan.repeat)
+    plan.n_tiles = ceil_div(channels, plan.tile)
+    plan.fold = 1
+    if plan.by_inner:
+        plan.block_inner = min(inner, BLOCK_INNER)
+        plan.block_outer = max(1, BLOCK_INNER // inner)
+    else:
+        while plan.n_tiles == 1 and 2 * plan.fold * channels * inner <= TILE and plan.fold * BLOCK_ROWS <= outer:
+            plan.fold *= 2
+        plan.block_inner = inner
+        plan.block_outer = plan.fold * BLOCK_ROWS
+    plan.n_segments = ceil_div(inner, plan.block_inner)
+    plan.n_blocks = ceil_div(outer, plan.block_outer) * plan.n_segments
+    plan.chunk = ceil_div(plan.n_blocks, MAX_CHUNKS)
+    plan.n_chunks = ceil_div(plan.n_blocks, plan.chunk)
+    return plan
+
+
+cdef inline Block block_at(const Plan* plan, Py_ssize_t index) noexcept nogil:
+    cdef Block block
+    block.row = index // plan.n_segments * plan.block_outer
+    block.n_rows = min(plan.block_outer, plan.outer - block.row)
+    block.start = index % plan.n_segments * plan.block_inner
+    block.length = min(plan.block_inner, plan.inner - block.start)
+    return block
+
+
+cdef inline int team_for(const Plan* plan, Py_ssize_t itemsize, int num_threads) noexcept nogil:
+    """How many of num_threads are worth waking: no more than there are tasks, each with its fair share of bytes."""
+    cdef Py_ssize_t n = min(<Py_ssize_t>num_threads, plan.n_chunks * plan.n_tiles)
+    return <int>max(1, min(n, plan.outer * plan.channels * plan.inner * itemsize // SERIAL_BYTES))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wide rows: n_rows rows of `width` columns are laid side by side to make rows of fold * width columns.
+# ---------------------------------------------------------------------------------------------------------------------
+
+cdef inline void spread(floating* wide, Py_ssize_t channels, Py_ssize_t repeat, Py_ssize_t fold) noexcept nogil:
+    """wide[c] becomes wide[(f * channels + c) * repeat + i] for each f and i, in place."""
+    cdef Py_ssize_t c, i, width = channels * repeat
+    if repeat > 1:
+        for c in range(channels - 1, -1, -1):
+            for i in range(repeat - 1, -1, -1):
+                wide[c * repeat + i] = wide[c]
+    while fold > 1:
+        memcpy(wide + width, wide, width * sizeof(floating))
+        width *= 2
+        fold //= 2
+
+
+cdef inline void fold_sums(double* wide, Py_ssize_t channels, Py_ssize_t repeat, Py_ssize_t fold) noexcept nogil:
+    """The inverse of spread: wide[c] becomes the sum over each f and i, in place."""
+    cdef Py_ssize_t c, i, j, width = channels * repeat * fold
+    cdef double total
+    while fold > 1:
+        fold //= 2
+        width //= 2
+        for j in range(width):
+            wide[j] += wide[width + j]
+    if repeat > 1:
+        for c in range(channels):
+            total = 0
+            for i in range(repeat):
+                total += wide[c * repeat + i]
+            wide[c] = total
+
+
+cdef inline const floating* gather(
+    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, floating* buffer,
+) noexcept nogil:
+    """The rows one behind the other: x itself where they lie so already, else a copy in buffer."""
+    cdef Py_ssize_t r, j
+    if stride == width or n_rows == 1:
+        return x
+    for r in range(n_rows):
+        for j in range(width):
+            buffer[r * width + j] = x[r * stride + j]
+    return buffer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# moments: sums about a pivot near the mean, in one read of the data.
+#
+#     s1 = sum(x - pivot)    s2 = sum((x - pivot)^2)    mean = pivot + s1 / n    m2 = s2 - s1^2 / n
+#
+# The pivot is the mean of the block's first rows, k of its n values, so (mean - pivot)^2 <= m2 / k, and the subtraction
+# costs at most a factor 1 + n / k <= 33 of float64's 1e-16, whatever the data. It is computed as first + mean(x - first),
+# so a constant column has deviations of exactly 0.
+# ---------------------------------------------------------------------------------------------------------------------
+
+cdef inline void sums_strip(
+    const floating* x,         # IN   (n_rows, n_columns), rows `stride` apart
+    Py_ssize_t stride,
+    Py_ssize_t n_rows,
+    Py_ssize_t n_columns,
+    const double* pivot,       # IN   (n_columns,)
+    double* s1,                # INOUT
+    double* s2,                # INOUT
+) noexcept nogil:
+    cdef Py_ssize_t r, j
+    cdef double d, a, b
+    for j in range(n_columns):
+        a = 0
+        b = 0
+        for r in range(n_rows):
+            d = x[r * stride + j] - pivot[j]
+            a += d
+            b += d * d
+        s1[j] += a
+        s2[j] += b
+
+
+cdef inline void sums_rows(
+    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width,
+    const double* pivot, double* s1, double* s2,
+) noexcept nogil:
+    cdef Py_ssize_t i, k, j
+    cdef const floating* rows
+    for i in range(n_rows // ROWS):
+        rows = x + i * ROWS * stride
+        j = 0
+        while j + STRIP <= width:
+            # Fetching the next step's rows takes a 268 MB array from 12 to 20 GB/s on two threads.
+            for k in range(ROWS):
+                prefetch(rows + (ROWS + k) * stride + j)
+            sums_strip(rows + j, stride, ROWS, STRIP, pivot + j, s1 + j, s2 + j)
+            j += STRIP
+        sums_strip(rows + j, stride, ROWS, width - j, pivot + j, s1 + j, s2 + j)
+    for i in range(n_rows - n_rows % ROWS, n_rows):
+        sums_strip(x + i * stride, stride, 1, width, pivot, s1, s2)
+
+
+cdef inline void sums_run(
+    const floating* x, Py_ssize_t length, Py_ssize_t width, const double* pivot, double* s1, double* s2,
+) noexcept nogil:
+    """A contiguous run as rows of `width`, the last of them perhaps shorter."""
+    cdef Py_ssize_t n_rows = length // width
+    sums_rows(x, width, n_rows, width, pivot, s1, s2)
+    sums_strip(x + n_rows * width, width, 1, length - n_rows * width, pivot, s1, s2)
+
+
+cdef inline void sums_block(
+    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t length, Py_ssize_t channels,
+    const Plan* plan, floating* buffer, const double* pivot, double* s1, double* s2,
+) noexcept nogil:
+    cdef Py_ssize_t i, r, c, n, width = channels * plan.repeat, step = ROWS * plan.fold
+    memset(s1, 0, width * plan.fold * sizeof(double))
+    memset(s2, 0, width * plan.fold * sizeof(double))
+    if plan.by_inner:
+        for r in range(n_rows):
+            for c in range(channels):
+                sums_run(x + r * stride + c * plan.inner, length, LANES,
+                         pivot + c * LANES, s1 + c * LANES, s2 + c * LANES)
+    elif plan.fold == 1:
+        sums_rows(x, stride, n_rows, width, pivot, s1, s2)
+    elif stride == width:
+        sums_run(x, n_rows * width, plan.fold * width, pivot, s1, s2)
+    else:
+        for i in range(ceil_div(n_rows, step)):
+            r = i * step
+            n = min(step, n_rows - r)
+            sums_run(gather(x + r * stride, stride, n, width, buffer), n * width, plan.fold * width, pivot, s1, s2)
+    fold_sums(s1, channels, plan.repeat, plan.fold)
+    fold_sums(s2, channels, plan.repeat, plan.fold)
+
+
+cdef inline void merge_moments(
+    double n_a, double* mean, double* m2, double n_b, const double* mean_b, const double* m2_b, Py_ssize_t channels,
+) noexcept nogil:
+    """Chan, Golub and LeVeque (1979): delta = mean_b - mean, m2 += m2_b + delta^2 n_a n_b / (n_a + n_b)."""
+    cdef Py_ssize_t c
+    cdef double delta, weight = n_b / (n_a + n_b), cross = n_a * n_b / (n_a + n_b)
+    for c in range(channels):
+        delta = mean_b[c] - mean[c]
+        mean[c] += delta * weight
+        m2[c] += m2_b[c] + delta * delta * cross
+
+
+cdef void moments_task(
+    const floating* x, Py_ssize_t stride, const Plan* plan, Py_ssize_t chunk, Py_ssize_t tile,
+    double* mean,              # OUT  (channels,) of this chunk
+    double* m2,                # OUT
+) noexcept nogil:
+    cdef floating buffer[ROWS * TILE]
+    cdef double pivot[TILE]
+    cdef double s1[TILE]
+    cdef double s2[TILE]
+    cdef double mean_b[TILE]
+    cdef Py_ssize_t c, index, c0 = tile * plan.tile
+    cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
+    cdef Py_ssize_t k_rows, k_length
+    cdef double n, count = 0
+    cdef Block block
+    cdef const floating* first
+    mean += c0
+    m2 += c0
+    memset(mean, 0, channels * sizeof(double))
+    memset(m2, 0, channels * sizeof(double))
+    for index in range(chunk * plan.chunk, min((chunk + 1) * plan.chunk, plan.n_blocks)):
+        block = block_at(plan, index)
+        first = x + block.row * stride + c0 * plan.inner + block.start
+
+        for c in range(channels):
+            pivot[c] = first[c * plan.inner]
+            mean_b[c] = pivot[c]
+        spread(pivot, channels, plan.repeat, plan.fold)
+        k_rows = 1 if plan.by_inner else min(block.n_rows, PIVOT_ROWS * plan.fold)
+        k_length = min(block.length, PIVOT_ROWS * LANES)
+        sums_block(first, stride, k_rows, k_length, channels, plan, buffer, pivot, s1, s2)
+        for c in range(channels):
+            mean_b[c] += s1[c] / (k_rows * k_length)
+            pivot[c] = mean_b[c]
+        spread(pivot, channels, plan.repeat, plan.fold)
+
+        sums_block(first, stride, block.n_rows, block.length, channels, plan, buffer, pivot, s1, s2)
+        n = <double>block.n_rows * block.length
+        for c in range(channels):
+            mean_b[c] += s1[c] / n
+            s2[c] -= s1[c] * s1[c] / n
+        merge_moments(count, mean, m2, n, mean_b, s2, channels)
+        count += n
+
+
+cdef double chunk_count(const Plan* plan, Py_ssize_t chunk) noexcept nogil:
+    """Values a channel in the first `chunk` chunks."""
+    cdef Py_ssize_t n_blocks = min(chunk * plan.chunk, plan.n_blocks)
+    cdef Block block
+    if n_blocks == plan.n_blocks:
+        return <double>plan.outer * plan.inner
+    block = block_at(plan, n_blocks)
+    return <double>block.row * plan.inner + <double>block.start * min(plan.block_outer, plan.outer - block.row)
+
+
+cdef void merge_chunks(const Plan* plan, double* mean, double* m2, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+    """Chunks 1, 2, ... into chunk 0, in that order, for channels c0 to c1."""
+    cdef Py_ssize_t chunk
+    cdef double before, after
+    for chunk in range(1, plan.n_chunks):
+        before = chunk_count(plan, chunk)
+        after = chunk_count(plan, chunk + 1)
+        merge_moments(before, mean + c0, m2 + c0, after - before,
+                      mean + chunk * plan.channels + c0, m2 + chunk * plan.channels + c0, c1 - c0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The per-channel arithmetic between the passes, in float64.
+# ---------------------------------------------------------------------------------------------------------------------
+
+cdef void normalize_channels(
+    const Plan* plan, Py_ssize_t c0, Py_ssize_t c1,
+    const double* mean, const double* m2, const floating* gamma, const floating* beta, double eps,
+    double* stats,             # OUT  (3, channels): mean, var, invstd
+    floating* coefs,           # OUT  (3, channels): center, scale, offset
+) noexcept nogil:
+    """The mean in two floats: what the data's dtype holds is the center, the rest goes into the offset."""
+    cdef Py_ssize_t c, channels = plan.channels
+    cdef double n = <double>plan.outer * plan.inner, scale, invstd
+    for c in range(c0, c1):
+        stats[c] = mean[c]
+        stats[channels + c] = m2[c] / n
+        invstd = 1 / sqrt(m2[c] / n + eps)
+        stats[2 * channels + c] = invstd
+        scale = invstd * (gamma[c] if gamma != NULL else 1)
+        coefs[c] = <floating>mean[c]
+        coefs[channels + c] = <floating>scale
+        coefs[2 * channels + c] = <floating>((beta[c] if beta != NULL else 0) - (mean[c] - coefs[c]) * scale)
+
+
+cdef void gradient_channels(
+    const Plan* plan, Py_ssize_t c0, Py_ssize_t c1,
+    const double* sum_dy, const double* sum_dy_xmu, const double* stats, const floating* coefs,
+    bint training,             # IN   False: the statistics were constants, so they pass no gradient on
+    floating* linear,          # OUT  (3, channels): a, b, c
+    floating* grads,           # OUT  (2, channels): grad_gamma, grad_beta
+) noexcept nogil:
+    cdef Py_ssize_t i, channels = plan.channels
+    cdef double n = <double>plan.outer * plan.inner, a, b = 0, c = 0, invstd
+    for i in range(c0, c1):
+        invstd = stats[2 * channels + i]
+        grads[i] = <floating>(invstd * sum_dy_xmu[i])
+        grads[channels + i] = <floating>sum_dy[i]
+        a = coefs[channels + i]
+        if training:
+            b = -a * invstd * invstd * sum_dy_xmu[i] / n
+            c = -a * sum_dy[i] / n - b * (stats[i] - coefs[i])
+        linear[i] = <floating>a
+        linear[channels + i] = <floating>b
+        linear[2 * channels + i] = <floating>c
+
+
+cdef inline void spread_rows(
+    const floating* rows,      # IN   (n, channels)
+    Py_ssize_t n, const Plan* plan, Py_ssize_t c0, Py_ssize_t channels,
+    floating* wide,            # OUT  (n, TILE)
+) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        memcpy(wide + i * TILE, rows + i * plan.channels + c0, channels * sizeof(floating))
+        spread(wide + i * TILE, channels, plan.repeat, plan.fold)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# affine: y = (x - center) * scale + offset, then the activation.
+# ---------------------------------------------------------------------------------------------------------------------
+
+cdef inline void affine_strip(
+    const floating* x,         # IN   (n_columns,)
+    Py_ssize_t n_columns,
+    const floating* coefs,     # IN   at CENTER, SCALE, OFFSET
+    bint relu,
+    floating* y,               # OUT  may be x: the strip is read before it is written
+) noexcept nogil:
+    cdef floating strip[STRIP]
+    cdef floating value
+    cdef Py_ssize_t j
+    for j in range(n_columns):
+        value = (x[j] - coefs[CENTER + j]) * coefs[SCALE + j] + coefs[OFFSET + j]
+        strip[j] = 0 if relu and value <= 0 else value
+    for j in range(n_columns):
+        y[j] = strip[j]
+
+
+cdef inline void affine_rows(
+    const floating* x, Py_ssize_t length, Py_ssize_t width, const floating* coefs, bint relu, floating* y,
+) noexcept nogil:
+    cdef Py_ssize_t row, i, j, n
+    for row in range(ceil_div(length, width)):
+        i = row * width
+        n = min(width, length - i)
+        j = 0
+        while j + STRIP <= n:
+            affine_strip(x + i + j, STRIP, coefs + j, relu, y + i + j)
+            j += STRIP
+        affine_strip(x + i + j, n - j, coefs + j, relu, y + i + j)
+
+
+cdef inline void affine_run(
+    const floating* x, Py_ssize_t length, Py_ssize_t width, const floating* coefs, bint relu,
+    bint stream, floating* buffer, floating* y,
+) noexcept nogil:
+    """A contiguous run as rows of `width`, the last of them perhaps shorter."""
+    cdef Py_ssize_t piece, i, n, step = ROWS * TILE // width * width
+    if not stream:
+        step = length
+        buffer = y
+    for piece in range(ceil_div(length, step)):
+        i = piece * step
+        n = min(step, length - i)
+        if relu:  # a literal in each branch: a flag tested inside the strip would keep it from being vectorised
+            affine_rows(x + i, n, width, coefs, True, buffer)
+        else:
+            affine_rows(x + i, n, width, coefs, False, buffer)
+        if stream:
+            stream_copy(y + i, buffer, n * sizeof(floating))
+
+
+cdef void affine_task(
+    const floating* x, Py_ssize_t stride, const Plan* plan, Py_ssize_t chunk, Py_ssize_t tile,
+    const floating* channel_coefs,  # IN   (3, channels): center, scale, offset
+    bint relu, bint stream,
+    floating* y, Py_ssize_t y_stride,
+) noexcept nogil:
+    cdef floating coefs[3 * TILE]
+    cdef floating buffer[ROWS * TILE]
+    cdef Py_ssize_t c0 = tile * plan.tile
+    cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
+    cdef Py_ssize_t width = channels * plan.repeat
+    cdef Py_ssize_t index, r, c, i
+    cdef Block block
+    spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
+    x += c0 * plan.inner
+    y += c0 * plan.inner
+    # Backwards: the end of the chunk, read last by moments_task, is still in the cache.
+    for index in range(min((chunk + 1) * plan.chunk, plan.n_blocks) - 1, chunk * plan.chunk - 1, -1):
+        block = block_at(plan, index)
+        if plan.by_inner:
+            for r in range(block.row, block.row + block.n_rows):
+                for c in range(channels):
+                    i = c * plan.inner + block.start
+                    affine_run(x + r * stride + i, block.length, LANES, coefs + c * LANES, relu,
+                               stream, buffer, y + r * y_stride + i)
+        elif stride == width and y_stride == width:
+            i = block.row * width
+            affine_run(x + i, block.n_rows * width, plan.fold * width, coefs, relu, stream, buffer, y + i)
+        else:
+            for r in range(block.row, block.row + block.n_rows):
+                affine_run(x + r * stride, width, width, coefs, relu, stream, buffer, y + r * y_stride)
+    if stream:
+        stream_end()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# grad_moments: sum_dy = sum(dy), sum_dy_xmu = sum(dy * (x - mean)); where a fused ReLU was off, dy counts as 0.
+# ---------------------------------------------------------------------------------------------------------------------
+
+cdef inline floating gate(floating dy, floating x, const floating* coefs, bint relu) noexcept nogil:
+    return 0 if relu and (x - coefs[CENTER]) * coefs[SCALE] + coefs[OFFSET] <= 0 else dy
+
+
+cdef inline void grad_sums_strip(
+    const floating* dy,        # IN   (n_rows, n_columns), rows `dy_stride` apart
+    Py_ssize_t dy_stride,
+    const floating* x,         # IN   (n_rows, n_columns), rows `x_stride` apart
+    Py_ssize_t x_stride,
+    Py_ssize_t n_rows,
+    Py_ssize_t n_columns,
+    const double* mean,        # IN   (n_columns,)
+    const floating* coefs,     # IN   at CENTER, SCALE, OFFSET
+    bint relu,
+    double* s1,                # INOUT
+    double* s2,                # INOUT
+) noexcept nogil:
+    cdef Py_ssize_t r, j
+    cdef double g, a, b
+    for j in range(n_columns):
+        a = 0
+        b = 0
+        for r in range(n_rows):
+            g = gate(dy[r * dy_stride + j], x[r * x_stride + j], coefs + j, relu)
+            a += g
+            b += g * (x[r * x_stride + j] - mean[j])
+        s1[j] += a
+        s2[j] += b
+
+
+cdef inline void grad_sums_rows(
+    const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
+    Py_ssize_t n_rows, Py_ssize_t width, const double* mean, const floating* coefs, bint relu,
+    double* s1, double* s2,
+) noexcept nogil:
+    cdef Py_ssize_t i, r, k, j
+    for i in range(n_rows // ROWS):
+        r = i * ROWS
+        j = 0
+        while j + STRIP <= width:
+            for k in range(r + ROWS, r + 2 * ROWS):
+                prefetch(dy + k * dy_stride + j)
+                prefetch(x + k * x_stride + j)
+            if relu:
+                grad_sums_strip(dy + r * dy_stride + j, dy_stride, x + r * x_stride + j, x_stride, ROWS, STRIP,
+                                mean + j, coefs + j, True, s1 + j, s2 + j)
+            else:
+                grad_sums_strip(dy + r * dy_stride + j, dy_stride, x + r * x_stride + j, x_stride, ROWS, STRIP,
+                                mean + j, coefs + j, False, s1 + j, s2 + j)
+            j += STRIP
+        grad_sums_strip(dy + r * dy_stride + j, dy_stride, x + r * x_stride + j, x_stride, ROWS, width - j,
+                        mean + j, coefs + j, relu, s1 + j, s2 + j)
+    for r in range(n_rows - n_rows % ROWS, n_rows):
+        grad_sums_strip(dy + r * dy_stride, dy_stride, x + r * x_stride, x_stride, 1, width,
+                        mean, coefs, relu, s1, s2)
+
+
+cdef inline void grad_sums_run(
+    const floating* dy, const floating* x, Py_ssize_t length, Py_ssize_t width,
+    const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
+) noexcept nogil:
+    """A contiguous run as rows of `width`, the last of them perhaps shorter."""
+    cdef Py_ssize_t n_rows = length // width, done = n_rows * width
+    grad_sums_rows(dy, width, x, width, n_rows, width, mean, coefs, relu, s1, s2)
+    grad_sums_strip(dy + done, width, x + done, width, 1, length - done, mean, coefs, relu, s1, s2)
+
+
+cdef void grad_moments_task(
+    const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
+    const Plan* plan, Py_ssize_t chunk, Py_ssize_t tile,
+    const double* channel_mean,     # IN   (channels,)
+    const floating* channel_coefs,  # IN   (3, channels): center, scale, offset
+    bint relu,
+    double* sum_dy,                 # OUT  (channels,) of this chunk
+    double* sum_dy_xmu,             # OUT
+) noexcept nogil:
+    cdef floating dy_buffer[ROWS * TILE]
+    cdef floating x_buffer[ROWS * TILE]
+    cdef floating coefs[3 * TILE]
+    cdef double mean[TILE]
+    cdef double s1[TILE]
+    cdef double s2[TILE]
+    cdef Py_ssize_t c0 = tile * plan.tile
+    cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
+    cdef Py_ssize_t width = channels * plan.repeat, wide = plan.fold * width, step = ROWS * plan.fold
+    cdef Py_ssize_t index, r, c, i, n, last
+    cdef Block block
+    spread_rows(channel_mean, 1, plan, c0, channels, mean)
+    spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
+    dy += c0 * plan.inner
+    x += c0 * plan.inner
+    sum_dy += c0
+    sum_dy_xmu += c0
+    memset(sum_dy, 0, channels * sizeof(double))
+    memset(sum_dy_xmu, 0, channels * sizeof(double))
+    for index in range(chunk * plan.chunk, min((chunk + 1) * plan.chunk, plan.n_blocks)):
+        block = block_at(plan, index)
+        memset(s1, 0, wide * sizeof(double))
+        memset(s2, 0, wide * sizeof(double))
+        last = block.row + block.n_rows
+        if plan.by_inner:
+            for r in range(block.row, last):
+                for c in range(channels):
+                    i = c * plan.inner + block.start
+                    n = c * LANES
+                    grad_sums_run(dy + r * dy_stride + i, x + r * x_stride + i, block.length, LANES,
+                                  mean + n, coefs + n, relu, s1 + n, s2 + n)
+        elif plan.fold == 1:
+            grad_sums_rows(dy + block.row * dy_stride, dy_stride, x + block.row * x_stride, x_stride,
+                           block.n_rows, width, mean, coefs, relu, s1, s2)
+        elif dy_stride == width and x_stride == width:
+            i = block.row * width
+            grad_sums_run(dy + i, x + i, block.n_rows * width, wide, mean, coefs, relu, s1, s2)
+        else:
+            for i in range(ceil_div(block.n_rows, step)):
+                r = block.row + i * step
+                n = min(step, last - r)
+                grad_sums_run(gather(dy + r * dy_stride, dy_stride, n, width, dy_buffer),
+                              gather(x + r * x_stride, x_stride, n, width, x_buffer),
+                              n * width, wide, mean, coefs, relu, s1, s2)
+        fold_sums(s1, channels, plan.repeat, plan.fold)
+        fold_sums(s2, channels, plan.repeat, plan.fold)
+        for c in range(channels):
+            sum_dy[c] += s1[c]
+            sum_dy_xmu[c] += s2[c]
+
+
+cdef void add_chunks(const Plan* plan, double* sums, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+    """Chunks 1, 2, ... into chunk 0, in that order, for channels c0 to c1."""
+    cdef Py_ssize_t chunk, c
+    for chunk in range(1, plan.n_chunks):
+        for c in range(c0, c1):
+            sums[c] += sums[chunk * plan.channels + c]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# grad_affine: grad_x = a * dy + b * (x - center) + c; where a fused ReLU was off, dy counts as 0.
+# ---------------------------------------------------------------------------------------------------------------------
+
+cdef inline void grad_affine_strip(
+    const floating* dy,        # IN   (n_columns,)
+    const floating* x,         # IN   (n_columns,)
+    Py_ssize_t n_columns,
+    const floating* coefs,     # IN   at CENTER, SCALE, OFFSET, A, B, C
+    bint relu,
+    floating* grad_x,          # OUT  may be dy: the strip is read before it is written
+) noexcept nogil:
+    cdef floating strip[STRIP]
+    cdef Py_ssize_t j
+    for j in range(n_columns):
+        strip[j] = (coefs[A + j] * gate(dy[j], x[j], coefs + j, relu)
+                    + (coefs[B + j] * (x[j] - coefs[CENTER + j]) + coefs[C + j]))
+    for j in range(n_columns):
+        grad_x[j] = strip[j]
+
+
+cdef inline void grad_affine_rows(
+    const floating* dy, const floating* x, Py_ssize_t length, Py_ssize_t width,
+    const floating* coefs, bint relu, floating* grad_x,
+) noexcept nogil:
+    cdef Py_ssize_t row, i, j, n
+    for row in range(ceil_div(length, width)):
+        i = row * width
+        n = min(width, length - i)
+        j = 0
+        while j + STRIP <= n:
+            grad_affine_strip(dy + i + j, x + i + j, STRIP, coefs + j, relu, grad_x + i + j)
+            j += STRIP
+        grad_affine_strip(dy + i + j, x + i + j, n - j, coefs + j, relu, grad_x + i + j)
+
+
+cdef inline void grad_affine_run(
+    const floating* dy, const floating* x, Py_ssize_t length, Py_ssize_t width, const floating* coefs, bint relu,
+    bint stream, floating* buffer, floating* grad_x,
+) noexcept nogil:
+    """A contiguous run as rows of `width`, the last of them perhaps shorter."""
+    cdef Py_ssize_t piece, i, n, step = ROWS * TILE // width * width
+    if not stream:
+        step = length
+        buffer = grad_x
+    for piece in range(ceil_div(length, step)):
+        i = piece * step
+        n = min(step, length - i)
+        if relu:
+            grad_affine_rows(dy + i, x + i, n, width, coefs, True, buffer)
+        else:
+            grad_affine_rows(dy + i, x + i, n, width, coefs, False, buffer)
+        if stream:
+            stream_copy(grad_x + i, buffer, n * sizeof(floating))
+
+
+cdef void grad_affine_task(
+    const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
+    const Plan* plan, Py_ssize_t chunk, Py_ssize_t tile,
+    const floating* channel_coefs,  # IN   (3, channels): center, scale, offset
+    const floating* linear,         # IN   (3, channels): a, b, c
+    bint relu, bint stream,
+    floating* grad_x, Py_ssize_t grad_x_stride,
+) noexcept nogil:
+    cdef floating coefs[6 * TILE]
+    cdef floating buffer[ROWS * TILE]
+    cdef Py_ssize_t c0 = tile * plan.tile
+    cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
+    cdef Py_ssize_t width = channels * plan.repeat
+    cdef Py_ssize_t index, r, c, i
+    cdef Block block
+    spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
+    spread_rows(linear, 3, plan, c0, channels, coefs + A)
+    dy += c0 * plan.inner
+    x += c0 * plan.inner
+    grad_x += c0 * plan.inner
+    for index in range(min((chunk + 1) * plan.chunk, plan.n_blocks) - 1, chunk * plan.chunk - 1, -1):
+        block = block_at(plan, index)
+        if plan.by_inner:
+            for r in range(block.row, block.row + block.n_rows):
+                for c in range(channels):
+                    i = c * plan.inner + block.start
+                    grad_affine_run(dy + r * dy_stride + i, x + r * x_stride + i, block.length, LANES,
+                                    coefs + c * LANES, relu, stream, buffer, grad_x + r * grad_x_stride + i)
+        elif dy_stride == width and x_stride == width and grad_x_stride == width:
+            i = block.row * width
+            grad_affine_run(dy + i, x + i, block.n_rows * width, plan.fold * width, coefs, relu,
+                            stream, buffer, grad_x + i)
+        else:
+            for r in range(block.row, block.row + block.n_rows):
+                grad_affine_run(dy + r * dy_stride, x + r * x_stride, width, width, coefs, relu,
+                                stream, buffer, grad_x + r * grad_x_stride)
+    if stream:
+        stream_end()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Workers: what one thread of the team does. Both passes give a thread the same tasks, the second in reverse order.
+# ---------------------------------------------------------------------------------------------------------------------
+
+cdef inline Py_ssize_t share(Py_ssize_t n, int rank) noexcept nogil:
+    """Where the share of thread `rank` of n things begins."""
+    return n * rank // team_size()
+
+
+cdef void moments_worker(
+    const floating* x, Py_ssize_t stride, const Plan* plan, double* mean, double* m2,
+) noexcept nogil:
+    cdef int rank = team_rank()
+    cdef Py_ssize_t task, chunk, n_tasks = plan.n_chunks * plan.n_tiles
+    for task in range(share(n_tasks, rank), share(n_tasks, rank + 1)):
+        chunk = task // plan.n_tiles
+        moments_task(x, stride, plan, chunk, task % plan.n_tiles,
+                     mean + chunk * plan.channels, m2 + chunk * plan.channels)
+    team_barrier()
+    merge_chunks(plan, mean, m2, share(plan.channels, rank), share(plan.channels, rank + 1))
+
+
+cdef void affine_worker(
+    const floating* x, Py_ssize_t stride, const Plan* plan, const floating* coefs, bint relu, bint stream,
+    floating* y, Py_ssize_t y_stride,
+) noexcept nogil:
+    cdef int rank = team_rank()
+    cdef Py_ssize_t task, n_tasks = plan.n_chunks * plan.n_tiles
+    for task in range(share(n_tasks, rank + 1) - 1, share(n_tasks, rank) - 1, -1):
+        affine_task(x, stride, plan, task // plan.n_tiles, task % plan.n_tiles, coefs, relu, stream, y, y_stride)
+
+
+cdef void batch_norm_worker(
+    const floating* x, Py_ssize_t stride, const Plan* plan,
+    const floating* gamma, const floating* beta, double eps, bint relu, bint stream,
+    double* mean, double* m2, double* stats, floating* coefs, floating* y, Py_ssize_t y_stride,
+) noexcept nogil:
+    moments_worker(x, stride, plan, mean, m2)
+    normalize_channels(plan, share(plan.channels, team_rank()), share(plan.channels, team_rank() + 1),
+                       mean, m2, gamma, beta, eps, stats, coefs)
+    team_barrier()
+    affine_worker(x, stride, plan, coefs, relu, stream, y, y_stride)
+
+
+cdef void grad_moments_worker(
+    const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, const Plan* plan,
+    const double* mean, const floating* coefs, bint relu, double* sum_dy, double* sum_dy_xmu,
+) noexcept nogil:
+    cdef int rank = team_rank()
+    cdef Py_ssize_t task, chunk, n_tasks = plan.n_chunks * plan.n_tiles
+    for task in range(share(n_tasks, rank), share(n_tasks, rank + 1)):
+        chunk = task // plan.n_tiles
+        grad_moments_task(dy, dy_stride, x, x_stride, plan, chunk, task % plan.n_tiles, mean, coefs, relu,
+                          sum_dy + chunk * plan.channels, sum_dy_xmu + chunk * plan.channels)
+    team_barrier()
+    add_chunks(plan, sum_dy, share(plan.channels, rank), share(plan.channels, rank + 1))
+    add_chunks(plan, sum_dy_xmu, share(plan.channels, rank), share(plan.channels, rank + 1))
+
+
+cdef void grad_affine_worker(
+    const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, const Plan* plan,
+    const floating* coefs, const floating* linear, bint relu, bint stream,
+    floating* grad_x, Py_ssize_t grad_x_stride,
+) noexcept nogil:
+    cdef int rank = team_rank()
+    cdef Py_ssize_t task, n_tasks = plan.n_chunks * plan.n_tiles
+    for task in range(share(n_tasks, rank + 1) - 1, share(n_tasks, rank) - 1, -1):
+        grad_affine_task(dy, dy_stride, x, x_stride, plan, task // plan.n_tiles, task % plan.n_tiles,
+                         coefs, linear, relu, stream, grad_x, grad_x_stride)
+
+
+cdef void batch_norm_backward_worker(
+    const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, const Plan* plan,
+    const double* stats, const floating* coefs, bint relu, bint training, bint stream,
+    double* sum_dy, double* sum_dy_xmu, floating* linear, floating* grads,
+    floating* grad_x, Py_ssize_t grad_x_stride,
+) noexcept nogil:
+    grad_moments_worker(dy, dy_stride, x, x_stride, plan, stats, coefs, relu, sum_dy, sum_dy_xmu)
+    gradient_channels(plan, share(plan.channels, team_rank()), share(plan.channels, team_rank() + 1),
+                      sum_dy, sum_dy_xmu, stats, coefs, training, linear, grads)
+    team_barrier()
+    grad_affine_worker(dy, dy_stride, x, x_stride, plan, coefs, linear, relu, stream, grad_x, grad_x_stride)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launchers: scratch memory and the team of threads around a worker.
+# ---------------------------------------------------------------------------------------------------------------------
+
+cdef double* scratch(const Plan* plan, Py_ssize_t rows_per_chunk) except NULL:
+    cdef Py_ssize_t n = plan.n_chunks * plan.channels * rows_per_chunk
+    cdef double* memory = <double*>malloc(max(1, n) * sizeof(double))
+    if memory == NULL:
+        raise MemoryError(f"no memory for the {n} partial results")
+    return memory
+
+
+cdef inline bint streams(const Plan* plan, Py_ssize_t itemsize, bint in_place) noexcept nogil:
+    """Whether the output is to bypass the caches: too large to stay there, and not the input (whose lines are there)."""
+    return not in_place and plan.outer * plan.channels * plan.inner * itemsize >= STREAM_BYTES
+
+
+cdef int launch_moments(const floating* x, Py_ssize_t stride, Plan plan, double* mean, double* m2, int num_threads) except -1:
+    cdef double* memory = scratch(&plan, 2)
+    cdef double* partial_m2 = memory + plan.n_chunks * plan.channels
+    cdef int team = team_for(&plan, sizeof(floating), num_threads)
+    with nogil:
+        if team == 1:
+            moments_worker(x, stride, &plan, memory, partial_m2)
+        else:
+            with parallel(num_threads=team):
+                moments_worker(x, stride, &plan, memory, partial_m2)
+    memcpy(mean, memory, plan.channels * sizeof(double))
+    memcpy(m2, partial_m2, plan.channels * sizeof(double))
+    free(memory)
+    return 0
+
+
+cdef int launch_affine(
+    const floating* x, Py_ssize_t stride, Plan plan, const floating* coefs, bint relu,
+    floating* y, Py_ssize_t y_stride, int num_threads,
+) except -1:
+    cdef int team = team_for(&plan, sizeof(floating), num_threads)
+    cdef bint stream = streams(&plan, sizeof(floating), x == y)
+    with nogil:
+        if team == 1:
+            affine_worker(x, stride, &plan, coefs, relu, stream, y, y_stride)
+        else:
+            with parallel(num_threads=team):
+                affine_worker(x, stride, &plan, coefs, relu, stream, y, y_stride)
+    return 0
+
+
+cdef int launch_batch_norm(
+    const floating* x, Py_ssize_t stride, Plan plan, const floating* gamma, const floating* beta, double eps,
+    bint relu, double* stats, floating* coefs, floating* y, Py_ssize_t y_stride, int num_threads,
+) except -1:
+    cdef double* mean = scratch(&plan, 2)
+    cdef double* m2 = mean + plan.n_chunks * plan.channels
+    cdef int team = team_for(&plan, sizeof(floating), num_threads)
+    cdef bint stream = streams(&plan, sizeof(floating), x == y)
+    with nogil:
+        if team == 1:
+            batch_norm_worker(x, stride, &plan, gamma, beta, eps, relu, stream, mean, m2, stats, coefs, y, y_stride)
+        else:
+            with parallel(num_threads=team):
+                batch_norm_worker(x, stride, &plan, gamma, beta, eps, relu, stream, mean, m2, stats, coefs, y, y_stride)
+    free(mean)
+    return 0
+
+
+cdef int launch_grad_moments(
+    const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, Plan plan,
+    const double* mean, const floating* coefs, bint relu, double* sum_dy, double* sum_dy_xmu, int num_threads,
+) except -1:
+    cdef double* memory = scratch(&plan, 2)
+    cdef double* partial_xmu = memory + plan.n_chunks * plan.channels
+    cdef int team = team_for(&plan, 2 * sizeof(floating), num_threads)
+    with nogil:
+        if team == 1:
+            grad_moments_worker(dy, dy_stride, x, x_stride, &plan, mean, coefs, relu, memory, partial_xmu)
+        else:
+            with parallel(num_threads=team):
+                grad_moments_worker(dy, dy_stride, x, x_stride, &plan, mean, coefs, relu, memory, partial_xmu)
+    memcpy(sum_dy, memory, plan.channels * sizeof(double))
+    memcpy(sum_dy_xmu, partial_xmu, plan.channels * sizeof(double))
+    free(memory)
+    return 0
+
+
+cdef int launch_grad_affine(
+    const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, Plan plan,
+    const floating* coefs, const floating* linear, bint relu,
+    floating* grad_x, Py_ssize_t grad_x_stride, int num_threads,
+) except -1:
+    cdef int team = team_for(&plan, 2 * sizeof(floating), num_threads)
+    cdef bint stream = streams(&plan, sizeof(floating), dy == grad_x)
+    with nogil:
+        if team == 1:
+            grad_affine_worker(dy, dy_stride, x, x_stride, &plan, coefs, linear, relu, stream, grad_x, grad_x_stride)
+        else:
+            with parallel(num_threads=team):
+                grad_affine_worker(dy, dy_stride, x, x_stride, &plan, coefs, linear, relu, stream,
+                                   grad_x, grad_x_stride)
+    return 0
+
+
+cdef int launch_batch_norm_backward(
+    const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, Plan plan,
+    const double* stats, const floating* coefs, bint relu, bint training,
+    floating* grads, floating* grad_x, Py_ssize_t grad_x_stride, int num_threads,
+) except -1:
+    cdef double* sum_dy = scratch(&plan, 5)
+    cdef double* sum_dy_xmu = sum_dy + plan.n_chunks * plan.channels
+    cdef floating* linear = <floating*>(sum_dy_xmu + plan.n_chunks * plan.channels)
+    cdef int team = team_for(&plan, 2 * sizeof(floating), num_threads)
+    cdef bint stream = streams(&plan, sizeof(floating), dy == grad_x)
+    with nogil:
+        if team == 1:
+            batch_norm_backward_worker(dy, dy_stride, x, x_stride, &plan, stats, coefs, relu, training, stream,
+                                       sum_dy, sum_dy_xmu, linear, grads, grad_x, grad_x_stride)
+        else:
+            with parallel(num_threads=team):
+                batch_norm_backward_worker(dy, dy_stride, x, x_stride, &plan, stats, coefs, relu, training, stream,
+                                           sum_dy, sum_dy_xmu, linear, grads, grad_x, grad_x_stride)
+    free(sum_dy)
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What Python calls: the contract of kernels/__init__.py. The arrays were checked by _layout.py.
+# ---------------------------------------------------------------------------------------------------------------------
+
+cdef inline Plan plan_of(cnp.ndarray x) noexcept:
+    return make_plan(cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2))
+
+
+cdef inline Py_ssize_t stride_of(cnp.ndarray x) noexcept:
+    return cnp.PyArray_STRIDE(x, 0) // cnp.PyArray_ITEMSIZE(x)
+
+
+cdef inline void* data_of(array) noexcept:
+    return NULL if array is None else cnp.PyArray_DATA(<cnp.ndarray>array)
+
+
+cdef inline bint is_float(cnp.ndarray x) noexcept:
+    return cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32
+
+
+def moments(
+    cnp.ndarray x not None,      # IN   (outer, channels, inner)
+    cnp.ndarray mean not None,   # OUT  (channels,) float64
+    cnp.ndarray m2 not None,     # OUT  (channels,) float64
+    int num_threads,
+):
+    if is_float(x):
+        launch_moments[float](<float*>data_of(x), stride_of(x), plan_of(x),
+                              <double*>data_of(mean), <double*>data_of(m2), num_threads)
+    else:
+        launch_moments[double](<double*>data_of(x), stride_of(x), plan_of(x),
+                               <double*>data_of(mean), <double*>data_of(m2), num_threads)
+
+
+def affine(
+    cnp.ndarray x not None,      # IN   (outer, channels, inner)
+    cnp.ndarray coefs not None,  # IN   (3, channels): center, scale, offset
+    bint relu,
+    cnp.ndarray out not None,    # OUT  (outer, channels, inner)
+    int num_threads,
+):
+    if is_float(x):
+        launch_affine[float](<float*>data_of(x), stride_of(x), plan_of(x), <float*>data_of(coefs), relu,
+                             <float*>data_of(out), stride_of(out), num_threads)
+    else:
+        launch_affine[double](<double*>data_of(x), stride_of(x), plan_of(x), <double*>data_of(coefs), relu,
+                              <double*>data_of(out), stride_of(out), num_threads)
+
+
+def batch_norm(
+    cnp.ndarray x not None,      # IN   (outer, channels, inner)
+    gamma,                       # IN   (channels,) or None
+    beta,                        # IN   (channels,) or None
+    double eps,
+    bint relu,
+    cnp.ndarray out not None,    # OUT  (outer, channels, inner)
+    cnp.ndarray stats not None,  # OUT  (3, channels) float64: mean, var, invstd
+    cnp.ndarray coefs not None,  # OUT  (3, channels): center, scale, offset
+    int num_threads,
+):
+    if is_float(x):
+        launch_batch_norm[float](<float*>data_of(x), stride_of(x), plan_of(x),
+                                 <float*>data_of(gamma), <float*>data_of(beta), eps, relu,
+                                 <double*>data_of(stats), <float*>data_of(coefs),
+                                 <float*>data_of(out), stride_of(out), num_threads)
+    else:
+        launch_batch_norm[double](<double*>data_of(x), stride_of(x), plan_of(x),
+                                  <double*>data_of(gamma), <double*>data_of(beta), eps, relu,
+                                  <double*>data_of(stats), <double*>data_of(coefs),
+                                  <double*>data_of(out), stride_of(out), num_threads)
+
+
+def grad_moments(
+    cnp.ndarray grad_y not None, # IN   (outer, channels, inner)
+    cnp.ndarray x not None,      # IN   (outer, channels, inner)
+    cnp.ndarray mean not None,   # IN   (channels,) float64
+    cnp.ndarray coefs not None,  # IN   (3, channels): center, scale, offset
+    bint relu,
+    cnp.ndarray sum_dy not None,      # OUT  (channels,) float64
+    cnp.ndarray sum_dy_xmu not None,  # OUT  (channels,) float64
+    int num_threads,
+):
+    if is_float(x):
+        launch_grad_moments[float](<float*>data_of(grad_y), stride_of(grad_y), <float*>data_of(x), stride_of(x),
+                                   plan_of(x), <double*>data_of(mean), <float*>data_of(coefs), relu,
+                                   <double*>data_of(sum_dy), <double*>data_of(sum_dy_xmu), num_threads)
+    else:
+        launch_grad_moments[double](<double*>data_of(grad_y), stride_of(grad_y), <double*>data_of(x), stride_of(x),
+                                    plan_of(x), <double*>data_of(mean), <double*>data_of(coefs), relu,
+                                    <double*>data_of(sum_dy), <double*>data_of(sum_dy_xmu), num_threads)
+
+
+def grad_affine(
+    cnp.ndarray grad_y not None, # IN   (outer, channels, inner)
+    cnp.ndarray x not None,      # IN   (outer, channels, inner)
+    cnp.ndarray coefs not None,  # IN   (3, channels): center, scale, offset
+    cnp.ndarray linear not None, # IN   (3, channels): a, b, c
+    bint relu,
+    cnp.ndarray out not None,    # OUT  (outer, channels, inner)
+    int num_threads,
+):
+    if is_float(x):
+        launch_grad_affine[float](<float*>data_of(grad_y), stride_of(grad_y), <float*>data_of(x), stride_of(x),
+                                  plan_of(x), <float*>data_of(coefs), <float*>data_of(linear), relu,
+                                  <float*>data_of(out), stride_of(out), num_threads)
+    else:
+        launch_grad_affine[double](<double*>data_of(grad_y), stride_of(grad_y), <double*>data_of(x), stride_of(x),
+                                   plan_of(x), <double*>data_of(coefs), <double*>data_of(linear), relu,
+                                   <double*>data_of(out), stride_of(out), num_threads)
+
+
+def batch_norm_backward(
+    cnp.ndarray grad_y not None, # IN   (outer, channels, inner)
+    cnp.ndarray x not None,      # IN   (outer, channels, inner)
+    cnp.ndarray stats not None,  # IN   (3, channels) float64: mean, var, invstd
+    cnp.ndarray coefs not None,  # IN   (3, channels): center, scale, offset
+    bint relu,
+    bint training,               # IN   False: the statistics were constants
+    cnp.ndarray out not None,    # OUT  (outer, channels, inner): grad_x
+    cnp.ndarray grads not None,  # OUT  (2, channels): grad_gamma, grad_beta
+    int num_threads,
+):
+    if is_float(x):
+        launch_batch_norm_backward[float](
+            <float*>data_of(grad_y), stride_of(grad_y), <float*>data_of(x), stride_of(x), plan_of(x),
+            <double*>data_of(stats), <float*>data_of(coefs), relu, training,
+            <float*>data_of(grads), <float*>data_of(out), stride_of(out), num_threads)
+    else:
+        launch_batch_norm_backward[double](
+            <double*>data_of(grad_y), stride_of(grad_y), <double*>data_of(x), stride_of(x), plan_of(x),
+            <double*>data_of(stats), <double*>data_of(coefs), relu, training,
+            <double*>data_of(grads), <double*>data_of(out), stride_of(out), num_threads)

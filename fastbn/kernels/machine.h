@@ -1,0 +1,86 @@
+/* What the kernels need of the compiler and the machine, and Cython has no word for. */
+#ifndef FASTBN_MACHINE_H
+#define FASTBN_MACHINE_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#ifdef _OPENMP
+#include <omp.h>
+#define fastbn_has_openmp 1
+static inline int team_rank(void) { return omp_get_thread_num(); }
+static inline int team_size(void) { return omp_get_num_threads(); }
+/* An orphaned barrier binds to the parallel region that called us. */
+static inline void team_barrier(void) {
+#pragma omp barrier
+}
+#else
+#define fastbn_has_openmp 0
+static inline int team_rank(void) { return 0; }
+static inline int team_size(void) { return 1; }
+static inline void team_barrier(void) {}
+#endif
+
+/* The widest instruction set that this processor and its system offer: 0 baseline, 1 AVX2 + FMA, 2 AVX-512. */
+static inline int fastbn_cpu_level(void) {
+#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
+        return 0;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw"))
+        return 2;
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+static inline void prefetch(const void *address) {
+#if defined(__GNUC__)
+    __builtin_prefetch(address);
+#else
+    (void)address;
+#endif
+}
+
+/* memcpy past the caches: whole cache lines go out by non-temporal stores, ragged ends by memcpy. */
+static inline void stream_copy(void *target, const void *source, size_t bytes) {
+    char *out = (char *)target;
+    const char *in = (const char *)source;
+#if defined(__SSE2__)
+    size_t head = (size_t)(-(uintptr_t)out & 63);
+    if (head > bytes)
+        head = bytes;
+    memcpy(out, in, head);
+    out += head;
+    in += head;
+    bytes -= head;
+    for (; bytes >= 64; bytes -= 64, out += 64, in += 64) {
+#if defined(__AVX512F__)
+        _mm512_stream_si512((void *)out, _mm512_loadu_si512((const void *)in));
+#elif defined(__AVX__)
+        _mm256_stream_si256((__m256i *)out, _mm256_loadu_si256((const __m256i *)in));
+        _mm256_stream_si256((__m256i *)(out + 32), _mm256_loadu_si256((const __m256i *)(in + 32)));
+#else
+        for (int part = 0; part < 64; part += 16)
+            _mm_stream_si128((__m128i *)(out + part), _mm_loadu_si128((const __m128i *)(in + part)));
+#endif
+    }
+#endif
+    memcpy(out, in, bytes);
+}
+
+/* Orders non-temporal stores before what follows; a thread calls it once, after its last one. */
+static inline void stream_end(void) {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+#endif
