@@ -339,13 +339,13 @@ cdef void merge_chunks(const Plan* plan, double* mean, double* m2, Py_ssize_t c0
 
 cdef void normalize_channels(
     const Plan* plan, Py_ssize_t c0, Py_ssize_t c1,
-    const double* mean, const double* m2, const floating* gamma, const floating* beta, double eps,
+    const double* mean, const double* m2, double n, const floating* gamma, const floating* beta, double eps,
     double* stats,             # OUT  (3, channels): mean, var, invstd
     floating* coefs,           # OUT  (3, channels): center, scale, offset
 ) noexcept nogil:
     """The mean in two floats: what the data's dtype holds is the center, the rest goes into the offset."""
     cdef Py_ssize_t c, channels = plan.channels
-    cdef double n = <double>plan.outer * plan.inner, scale, invstd
+    cdef double scale, invstd
     for c in range(c0, c1):
         stats[c] = mean[c]
         stats[channels + c] = m2[c] / n
@@ -754,7 +754,18 @@ cdef void batch_norm_worker(
 ) noexcept nogil:
     moments_worker(x, stride, plan, mean, m2)
     normalize_channels(plan, share(plan.channels, team_rank()), share(plan.channels, team_rank() + 1),
-                       mean, m2, gamma, beta, eps, stats, coefs)
+                       mean, m2, <double>plan.outer * plan.inner, gamma, beta, eps, stats, coefs)
+    team_barrier()
+    affine_worker(x, stride, plan, coefs, relu, stream, y, y_stride)
+
+
+cdef void inference_worker(
+    const floating* x, Py_ssize_t stride, const Plan* plan, const double* mean, const double* var,
+    const floating* gamma, const floating* beta, double eps, bint relu, bint stream,
+    double* stats, floating* coefs, floating* y, Py_ssize_t y_stride,
+) noexcept nogil:
+    normalize_channels(plan, share(plan.channels, team_rank()), share(plan.channels, team_rank() + 1),
+                       mean, var, 1, gamma, beta, eps, stats, coefs)
     team_barrier()
     affine_worker(x, stride, plan, coefs, relu, stream, y, y_stride)
 
@@ -865,6 +876,22 @@ cdef int launch_batch_norm(
     return 0
 
 
+cdef int launch_inference(
+    const floating* x, Py_ssize_t stride, Plan plan, const double* mean, const double* var,
+    const floating* gamma, const floating* beta, double eps, bint relu, double* stats, floating* coefs,
+    floating* y, Py_ssize_t y_stride, int num_threads,
+) except -1:
+    cdef int team = team_for(&plan, sizeof(floating), num_threads)
+    cdef bint stream = streams(&plan, sizeof(floating), x == y)
+    with nogil:
+        if team == 1:
+            inference_worker(x, stride, &plan, mean, var, gamma, beta, eps, relu, stream, stats, coefs, y, y_stride)
+        else:
+            with parallel(num_threads=team):
+                inference_worker(x, stride, &plan, mean, var, gamma, beta, eps, relu, stream, stats, coefs, y, y_stride)
+    return 0
+
+
 cdef int launch_grad_moments(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, Plan plan,
     const double* mean, const floating* coefs, bint relu, double* sum_dy, double* sum_dy_xmu, int num_threads,
@@ -926,6 +953,14 @@ cdef int launch_batch_norm_backward(
 # ---------------------------------------------------------------------------------------------------------------------
 # What Python calls: the contract of kernels/__init__.py. The arrays were checked by _layout.py.
 # ---------------------------------------------------------------------------------------------------------------------
+
+OPENMP = bool(fastbn_has_openmp)
+
+
+def cpu_level():
+    """The widest instruction set that this processor offers: 0 baseline, 1 AVX2 + FMA, 2 AVX-512."""
+    return fastbn_cpu_level()
+
 
 cdef inline Plan plan_of(cnp.ndarray x) noexcept:
     return make_plan(cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2))
@@ -993,6 +1028,33 @@ def batch_norm(
                                   <double*>data_of(gamma), <double*>data_of(beta), eps, relu,
                                   <double*>data_of(stats), <double*>data_of(coefs),
                                   <double*>data_of(out), stride_of(out), num_threads)
+
+
+def batch_norm_inference(
+    cnp.ndarray x not None,      # IN   (outer, channels, inner)
+    cnp.ndarray mean not None,   # IN   (channels,) float64
+    cnp.ndarray var not None,    # IN   (channels,) float64
+    gamma,                       # IN   (channels,) or None
+    beta,                        # IN   (channels,) or None
+    double eps,
+    bint relu,
+    cnp.ndarray out not None,    # OUT  (outer, channels, inner)
+    cnp.ndarray stats not None,  # OUT  (3, channels) float64: mean, var, invstd
+    cnp.ndarray coefs not None,  # OUT  (3, channels): center, scale, offset
+    int num_threads,
+):
+    if is_float(x):
+        launch_inference[float](<float*>data_of(x), stride_of(x), plan_of(x),
+                                <double*>data_of(mean), <double*>data_of(var),
+                                <float*>data_of(gamma), <float*>data_of(beta), eps, relu,
+                                <double*>data_of(stats), <float*>data_of(coefs),
+                                <float*>data_of(out), stride_of(out), num_threads)
+    else:
+        launch_inference[double](<double*>data_of(x), stride_of(x), plan_of(x),
+                                 <double*>data_of(mean), <double*>data_of(var),
+                                 <double*>data_of(gamma), <double*>data_of(beta), eps, relu,
+                                 <double*>data_of(stats), <double*>data_of(coefs),
+                                 <double*>data_of(out), stride_of(out), num_threads)
 
 
 def grad_moments(

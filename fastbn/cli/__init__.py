@@ -1,0 +1,33 @@
+"""The command line: fastbn info | demo. Each subcommand is one module, imported when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib import import_module
+
+import fastbn
+
+COMMANDS = {
+    "info": "what fastbn found on this machine, and what it chose",
+    "demo": "train a network on real digits with and without batch normalization, and draw it",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="fastbn", description="Batch normalization for multicore CPUs.")
+    parser.add_argument("--version", action="version", version=f"fastbn {fastbn.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
+    for name, text in COMMANDS.items():
+        module = import_module(f"fastbn.cli.{name}")
+        command = commands.add_parser(name, help=text, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    arguments = parser.parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("\ninterrupted")
+        return 130
+    return status

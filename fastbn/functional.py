@@ -1,0 +1,275 @@
+"""Batch normalization as functions. Each reads top-down as the algorithm; the loops over the data are in kernels/."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastbn import _dispatch, _layout
+
+
+class Saved:
+    """What `batch_norm` hands to `batch_norm_backward`.
+
+    The input itself is kept, not a copy: do not write to it before the backward.
+
+    Attributes
+    ----------
+    mean, var, invstd : ndarray of float64, shape (channels,)
+        The batch mean, the biased batch variance, and ``1 / sqrt(var + eps)``.
+    count : int
+        Values per channel.
+    """
+
+    __slots__ = ("axis", "coefs", "count", "overwritten", "relu", "stats", "training", "x")
+
+    def __init__(
+        self, x: NDArray[Any], axis: int, count: int, relu: bool, training: bool, overwritten: bool,
+        stats: NDArray[np.float64], coefs: NDArray[Any],
+    ) -> None:
+        self.x = x
+        self.axis = axis
+        self.count = count
+        self.relu = relu
+        self.training = training
+        self.overwritten = overwritten
+        self.stats = stats
+        self.coefs = coefs
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        return self.stats[0]
+
+    @property
+    def var(self) -> NDArray[np.float64]:
+        return self.stats[1]
+
+    @property
+    def invstd(self) -> NDArray[np.float64]:
+        return self.stats[2]
+
+    def __repr__(self) -> str:
+        return f"Saved(count={self.count}, channels={self.stats.shape[1]}, dtype={self.coefs.dtype})"
+
+
+def batch_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+    backend: str | None = None,
+) -> tuple[NDArray[Any], Saved]:
+    """Normalize each channel by the statistics of the batch, then scale and shift it.
+
+    ``y = gamma * (x - mean) / sqrt(var + eps) + beta``, with the mean and the biased variance taken over every axis but
+    the channel axis (Ioffe and Szegedy 2015, algorithm 1, https://arxiv.org/abs/1502.03167).
+
+    Parameters
+    ----------
+    x : array_like, shape (batch, channels) or (batch, channels, ...)
+        float32 or float64; integers and bool are computed as float64. Any memory order.
+    gamma, beta : array_like, shape (channels,), optional
+        Scale and shift; 1 and 0 by default.
+    axis : int
+        The channel axis.
+    eps : float
+        Added to the variance, at least 0.
+    activation : {None, "relu"}
+        Applied to y in the same pass.
+    out : ndarray, optional
+        Where y goes: the shape and dtype of x. It may be x itself; a backward is then no longer possible.
+    num_threads : int, optional
+        At most so many threads, for this call. The bits of the result do not depend on it.
+    backend : {None, "auto", "cython", "numba", "numpy"}
+        None and "auto" take the best that is available.
+
+    Returns
+    -------
+    y : ndarray
+        The shape, dtype and memory order of x.
+    saved : Saved
+        The batch statistics, and what `batch_norm_backward` needs.
+
+    Raises
+    ------
+    TypeError
+        If x, gamma or beta is not real, x is float16 or longdouble or masked, or out has another dtype.
+    ValueError
+        If there is one value per channel, a shape does not fit, eps is negative or not finite, out is read-only or
+        partly overlaps an input, or a name is unknown.
+
+    Examples
+    --------
+    >>> x = np.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> y, saved = fastbn.batch_norm(x, eps=0)
+    >>> y
+    array([[-1., -1.],
+           [ 1.,  1.]])
+    >>> saved.mean, saved.var
+    (array([ 2., 20.]), array([  1., 100.]))
+    """
+    kernels = _dispatch.kernels(backend)
+    threads = _dispatch.thread_count(num_threads)
+    x = _layout.data(x)
+    layout = _layout.layout_of(x, axis)
+    gamma = _layout.per_channel(gamma, "gamma", layout.channels, x.dtype)
+    beta = _layout.per_channel(beta, "beta", layout.channels, x.dtype)
+    eps = _layout.epsilon(eps)
+    relu = _layout.uses_relu(activation)
+    y, y_view = _layout.output(out, layout, x)
+    if layout.count == 1 and layout.channels:
+        raise ValueError(
+            f"x must have more than one value per channel in training, got shape {x.shape} with axis={axis}; "
+            "use batch_norm_inference, or a larger batch"
+        )
+
+    stats = np.full((3, layout.channels), np.nan)
+    coefs = np.full((3, layout.channels), np.nan, x.dtype)
+    if x.size:
+        x_view = _layout.canonical(x, layout)
+        kernels.batch_norm(x_view, gamma, beta, eps, relu, y_view, stats, coefs, threads)
+        _layout.finish(y, y_view, layout)
+    overwritten = out is not None and np.may_share_memory(y, x)
+    return y, Saved(x, axis, layout.count, relu, True, overwritten, stats, coefs)
+
+
+def batch_norm_inference(
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+    backend: str | None = None,
+) -> NDArray[Any]:
+    """Normalize each channel by given statistics, then scale and shift it.
+
+    ``y = gamma * (x - mean) / sqrt(var + eps) + beta`` (Ioffe and Szegedy 2015, algorithm 2).
+
+    Parameters
+    ----------
+    x : array_like, shape (batch, channels) or (batch, channels, ...)
+        As in `batch_norm`; one value per channel is enough.
+    mean, var : array_like, shape (channels,)
+        For instance the running statistics of a layer.
+    gamma, beta, axis, eps, activation, out, num_threads, backend
+        As in `batch_norm`.
+
+    Returns
+    -------
+    y : ndarray
+        The shape, dtype and memory order of x.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `batch_norm`; and if a variance is negative.
+    """
+    return normalize(x, mean, var, gamma, beta, axis, eps, activation, out, num_threads, backend)[0]
+
+
+def normalize(
+    x: ArrayLike, mean: ArrayLike, var: ArrayLike, gamma: ArrayLike | None, beta: ArrayLike | None,
+    axis: int, eps: float, activation: str | None, out: NDArray[Any] | None,
+    num_threads: int | None, backend: str | None,
+) -> tuple[NDArray[Any], Saved]:
+    """batch_norm_inference, and what a backward through constant statistics needs (for the layer in eval mode)."""
+    kernels = _dispatch.kernels(backend)
+    threads = _dispatch.thread_count(num_threads)
+    x = _layout.data(x)
+    layout = _layout.layout_of(x, axis)
+    mean = _layout.statistics(mean, "mean", layout.channels)
+    var = _layout.statistics(var, "var", layout.channels)
+    gamma = _layout.per_channel(gamma, "gamma", layout.channels, x.dtype)
+    beta = _layout.per_channel(beta, "beta", layout.channels, x.dtype)
+    eps = _layout.epsilon(eps)
+    relu = _layout.uses_relu(activation)
+    if (var < 0).any():
+        raise ValueError(f"var must be >= 0, got {var.min()}")
+    y, y_view = _layout.output(out, layout, x)
+
+    stats = np.full((3, layout.channels), np.nan)
+    coefs = np.full((3, layout.channels), np.nan, x.dtype)
+    if x.size:
+        x_view = _layout.canonical(x, layout)
+        kernels.batch_norm_inference(x_view, mean, var, gamma, beta, eps, relu, y_view, stats, coefs, threads)
+        _layout.finish(y, y_view, layout)
+    overwritten = out is not None and np.may_share_memory(y, x)
+    return y, Saved(x, axis, layout.count, relu, False, overwritten, stats, coefs)
+
+
+def batch_norm_backward(
+    grad_y: ArrayLike,
+    saved: Saved,
+    *,
+    out: NDArray[Any] | None = None,
+    num_threads: int | None = None,
+    backend: str | None = None,
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Gradients of a loss through `batch_norm` (and its fused activation).
+
+    With ``x_hat = (x - mean) * invstd`` and means over the batch (Ioffe and Szegedy 2015, section 3)::
+
+        grad_x     = gamma * invstd * (grad_y - mean(grad_y) - x_hat * mean(grad_y * x_hat))
+        grad_gamma = sum(grad_y * x_hat)
+        grad_beta  = sum(grad_y)
+
+    Parameters
+    ----------
+    grad_y : array_like, the shape of y
+        Gradient of the loss with respect to y. Computed in the dtype of x.
+    saved : Saved
+        From `batch_norm`.
+    out : ndarray, optional
+        Where grad_x goes; it may be grad_y itself.
+    num_threads, backend
+        As in `batch_norm`.
+
+    Returns
+    -------
+    grad_x : ndarray, the shape and dtype of x
+    grad_gamma, grad_beta : ndarray, shape (channels,), the dtype of x
+
+    Raises
+    ------
+    TypeError, ValueError
+        If grad_y or out does not fit, see `batch_norm`.
+    RuntimeError
+        If the forward ran in place, so that its input is gone.
+    """
+    if not isinstance(saved, Saved):
+        raise TypeError(f"saved must be what batch_norm returned beside y, got {type(saved).__name__}")
+    if saved.overwritten:
+        raise RuntimeError("the forward ran in place (out=x), so its input, which the backward needs, is gone; "
+                           "call batch_norm with another out, or none")
+    kernels = _dispatch.kernels(backend)
+    threads = _dispatch.thread_count(num_threads)
+    x = saved.x
+    grad_y = _layout.data(grad_y, "grad_y")
+    if grad_y.shape != x.shape:
+        raise ValueError(f"grad_y must have the shape of y, {x.shape}, got {grad_y.shape}")
+    grad_y = grad_y.astype(x.dtype, copy=False)
+    layout = _layout.layout_of(x, saved.axis)
+    grad_x, grad_x_view = _layout.output(out, layout, grad_y, others=(x,))
+
+    grads = np.zeros((2, layout.channels), x.dtype)
+    if x.size:
+        grad_y_view = _layout.canonical(grad_y, layout)
+        x_view = _layout.canonical(x, layout)
+        kernels.batch_norm_backward(
+            grad_y_view, x_view, saved.stats, saved.coefs, saved.relu, saved.training, grad_x_view, grads, threads
+        )
+        _layout.finish(grad_x, grad_x_view, layout)
+    return grad_x, grads[0], grads[1]

@@ -1,0 +1,92 @@
+"""The NumPy backend: the textbook, in float64, slow and plain. It judges the other backends.
+
+Longdouble data (the tests' own) is computed in longdouble. ``num_threads`` is accepted and not used.
+"""
+
+import numpy as np
+
+BATCH = (0, 2)  # the axes of (outer, channels, inner) that are summed over
+
+
+def _wide(x):
+    return x.astype(np.result_type(x.dtype, np.float64))
+
+
+def _column(per_channel):
+    return np.asarray(per_channel)[:, None]
+
+
+def _moments(x):
+    x = _wide(x)
+    first = x[0, :, 0]
+    # About the first value rather than 0, so that a constant channel has deviations of exactly 0.
+    mean = first + (x - _column(first)).mean(axis=BATCH)
+    return mean, ((x - _column(mean)) ** 2).sum(axis=BATCH)
+
+
+def _affine(x, center, scale, offset, relu):
+    y = (_wide(x) - _column(center)) * _column(scale) + _column(offset)
+    return np.where(y <= 0, 0, y) if relu else y
+
+
+def _gate(grad_y, x, coefs, relu):
+    dy = _wide(grad_y)
+    return np.where(_affine(x, *coefs, relu=False) <= 0, 0, dy) if relu else dy
+
+
+def _grad_moments(grad_y, x, mean, coefs, relu):
+    dy = _gate(grad_y, x, coefs, relu)
+    return dy.sum(axis=BATCH), (dy * (_wide(x) - _column(mean))).sum(axis=BATCH)
+
+
+def moments(x, mean, m2, num_threads):
+    """mean = sum(x) / n; m2 = sum((x - mean)^2)."""
+    mean[:], m2[:] = _moments(x)
+
+
+def affine(x, coefs, relu, out, num_threads):
+    """out = (x - center) * scale + offset, then the activation."""
+    out[...] = _affine(x, *coefs, relu)
+
+
+def batch_norm(x, gamma, beta, eps, relu, out, stats, coefs, num_threads):
+    """y = gamma * (x - mean) / sqrt(var + eps) + beta (Ioffe and Szegedy 2015, algorithm 1)."""
+    mean, m2 = _moments(x)
+    var = m2 / (x.shape[0] * x.shape[2])
+    batch_norm_inference(x, mean, var, gamma, beta, eps, relu, out, stats, coefs, num_threads)
+
+
+def batch_norm_inference(x, mean, var, gamma, beta, eps, relu, out, stats, coefs, num_threads):
+    """The same about given statistics."""
+    invstd = 1 / np.sqrt(var + eps)
+    scale = invstd if gamma is None else gamma * invstd
+    offset = np.zeros_like(mean) if beta is None else beta
+    stats[:] = mean, var, invstd
+    coefs[0] = mean
+    coefs[1:] = scale, offset - (mean - coefs[0]) * scale
+    out[...] = _affine(x, mean, scale, offset, relu)
+
+
+def grad_moments(grad_y, x, mean, coefs, relu, sum_dy, sum_dy_xmu, num_threads):
+    """sum(dy), sum(dy * (x - mean))."""
+    sum_dy[:], sum_dy_xmu[:] = _grad_moments(grad_y, x, mean, coefs, relu)
+
+
+def grad_affine(grad_y, x, coefs, linear, relu, out, num_threads):
+    """out = a * dy + b * (x - center) + c."""
+    a, b, c = linear
+    dy = _gate(grad_y, x, coefs, relu)
+    out[...] = _column(a) * dy + _column(b) * (_wide(x) - _column(coefs[0])) + _column(c)
+
+
+def batch_norm_backward(grad_y, x, stats, coefs, relu, training, out, grads, num_threads):
+    """x_hat = (x - mean) * invstd; grad_x = scale * (dy - mean(dy) - x_hat * mean(dy * x_hat)) in training."""
+    mean, _, invstd = stats
+    sum_dy, sum_dy_xmu = _grad_moments(grad_y, x, mean, coefs, relu)
+    grads[:] = invstd * sum_dy_xmu, sum_dy
+    grad_x = _gate(grad_y, x, coefs, relu)
+    if training:
+        n = x.shape[0] * x.shape[2]
+        x_hat = (_wide(x) - _column(mean)) * _column(invstd)
+        grad_x = grad_x - _column(sum_dy / n) - x_hat * _column(invstd * sum_dy_xmu / n)
+    out[...] = _column(coefs[1].astype(grad_x.dtype)) * grad_x

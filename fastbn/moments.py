@@ -1,0 +1,144 @@
+"""Column statistics that merge: count, mean and m2 of batches, streams and pieces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastbn import _dispatch, _layout
+
+
+class Moments:
+    """Count, mean and sum of squared deviations of each channel.
+
+    Two of them merge into what the whole data would give, up to rounding (Chan, Golub and LeVeque 1979), so pieces may
+    be computed batch by batch, thread by thread or machine by machine.
+
+    Parameters
+    ----------
+    count : int
+        Values per channel, at least 0.
+    mean, m2 : array_like, shape (channels,)
+        The mean, and the sum of squared deviations from it.
+
+    Attributes
+    ----------
+    count : int
+    mean, m2 : ndarray of float64, shape (channels,)
+
+    Examples
+    --------
+    >>> seen = fastbn.Moments.empty(2)
+    >>> for batch in ([[1.0, 5.0], [3.0, 5.0]], [[5.0, 5.0]]):
+    ...     seen.update(np.array(batch))
+    >>> seen
+    Moments(count=3, channels=2)
+    >>> seen.mean, seen.std()
+    (array([3., 5.]), array([1.63299316, 0.        ]))
+    """
+
+    __slots__ = ("count", "m2", "mean")
+
+    def __init__(self, count: int, mean: ArrayLike, m2: ArrayLike) -> None:
+        self.count = int(count)
+        self.mean = np.array(mean, np.float64)
+        self.m2 = np.array(m2, np.float64)
+        if self.count < 0:
+            raise ValueError(f"count must be >= 0, got {count}")
+        if self.mean.ndim != 1 or self.mean.shape != self.m2.shape:
+            raise ValueError(f"mean and m2 must have one shape (channels,), got {self.mean.shape} and {self.m2.shape}")
+
+    @classmethod
+    def empty(cls, channels: int) -> Moments:
+        """The moments of no data: the neutral element of `merge`."""
+        return cls(0, np.zeros(channels), np.zeros(channels))
+
+    def var(self, ddof: int = 0) -> NDArray[np.float64]:
+        """The variance, ``m2 / (count - ddof)``; NaN where there are too few values."""
+        n = self.count - ddof
+        return self.m2 / n if n > 0 else np.full_like(self.m2, np.nan)
+
+    def std(self, ddof: int = 0) -> NDArray[np.float64]:
+        """The standard deviation, ``sqrt(var(ddof))``."""
+        return np.sqrt(self.var(ddof))
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of this data and the other's together, as a new object. ``a + b`` is the same.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If other is not a Moments, or of another number of channels.
+        """
+        if not isinstance(other, Moments):
+            raise TypeError(f"other must be a Moments, got {type(other).__name__}")
+        if other.mean.shape != self.mean.shape:
+            raise ValueError(f"other must have {self.mean.size} channels, got {other.mean.size}")
+        if not self.count or not other.count:
+            filled = self if self.count else other
+            return Moments(filled.count, filled.mean, filled.m2)
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        mean = self.mean + delta * (other.count / count)
+        m2 = self.m2 + other.m2 + delta * delta * (self.count * (other.count / count))
+        return Moments(count, mean, m2)
+
+    def __add__(self, other: Moments) -> Moments:
+        return self.merge(other) if isinstance(other, Moments) else NotImplemented
+
+    def update(
+        self, x: ArrayLike, *, axis: int = 1, num_threads: int | None = None, backend: str | None = None,
+    ) -> None:
+        """Add a batch, in place. The arguments are those of `fastbn.moments`."""
+        merged = self.merge(moments(x, axis=axis, num_threads=num_threads, backend=backend))
+        self.count, self.mean, self.m2 = merged.count, merged.mean, merged.m2
+
+    def __repr__(self) -> str:
+        return f"Moments(count={self.count}, channels={self.mean.size})"
+
+
+def moments(
+    x: ArrayLike, *, axis: int = 1, num_threads: int | None = None, backend: str | None = None,
+) -> Moments:
+    """Mean and sum of squared deviations of each channel, in float64.
+
+    Parameters
+    ----------
+    x : array_like, shape (batch, channels) or (batch, channels, ...)
+        float32 or float64; integers and bool are computed as float64. Any memory order.
+    axis : int
+        The channel axis; the statistics run over all the others.
+    num_threads : int, optional
+        At most so many threads, for this call. The bits of the result do not depend on it.
+    backend : {None, "auto", "cython", "numba", "numpy"}
+        None and "auto" take the best that is available.
+
+    Returns
+    -------
+    Moments
+        ``.count``, ``.mean``, ``.m2``, ``.var(ddof)``, ``.std(ddof)``; see there for merging and streams.
+
+    Raises
+    ------
+    TypeError
+        If x is not real, or is float16, longdouble or masked.
+    ValueError
+        If x has fewer than two dimensions, axis is out of range, or a name is unknown.
+
+    Examples
+    --------
+    >>> m = fastbn.moments(np.array([[1.0, 10.0], [3.0, 30.0]]))
+    >>> m.mean, m.var(ddof=1)
+    (array([ 2., 20.]), array([  2., 200.]))
+    """
+    kernels = _dispatch.kernels(backend)
+    threads = _dispatch.thread_count(num_threads)
+    array: NDArray[Any] = _layout.data(x)
+    layout = _layout.layout_of(array, axis)
+    result = Moments.empty(layout.channels)
+    result.count = layout.count
+    if array.size:
+        kernels.moments(_layout.canonical(array, layout), result.mean, result.m2, threads)
+    return result
