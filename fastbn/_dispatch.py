@@ -172,7 +172,7 @@ def positive(n: int, name: str) -> int:
         raise TypeError(f"{name} must be an integer >= 1, got {n!r}") from None
     if value < 1:
         raise ValueError(f"{name} must be >= 1, got {value}")
-    return value
+    return min(value, 2**31 - 1)  # a C int
 
 
 def set_num_threads(n: int) -> None:
@@ -239,7 +239,7 @@ def _environment_threads() -> tuple[int, str] | None:
     for name in ("FASTBN_NUM_THREADS", "OMP_NUM_THREADS"):
         value = os.environ.get(name, "").split(",")[0].strip()  # OMP_NUM_THREADS may list one number per nesting level
         if value.isdecimal() and int(value) > 0:
-            return int(value), name
+            return positive(int(value), name), name
         if value:
             warnings.warn(f"{name} must be a whole number >= 1, got {value!r}; ignored", RuntimeWarning, stacklevel=2)
     return None

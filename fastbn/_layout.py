@@ -80,12 +80,7 @@ def restored(view: NDArray[Any], layout: Layout) -> NDArray[Any]:
 
 def data(x: ArrayLike, name: str = "x") -> NDArray[Any]:
     """x as an aligned, native array of float32 or float64 with at least two axes; integers and bool become float64."""
-    if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(
-            f"{name} must not be a masked array: its mask would be ignored; "
-            f"fill it ({name}.filled(value)) or drop the masked rows first"
-        )
-    x = np.asarray(x)
+    x = unmasked(x, name)
     if x.dtype.kind != "f" or x.itemsize not in (4, 8):
         if x.dtype.kind not in "biu":
             raise TypeError(
@@ -98,11 +93,27 @@ def data(x: ArrayLike, name: str = "x") -> NDArray[Any]:
     return np.require(x, x.dtype.newbyteorder("="), "A")
 
 
-def channel_axis(x: NDArray[Any], axis: int) -> int:
+def unmasked(x: ArrayLike, name: str) -> NDArray[Any]:
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(
+            f"{name} must not be a masked array: its mask would be ignored; "
+            f"fill it ({name}.filled(value)) or drop the masked rows first"
+        )
     try:
-        index = operator.index(axis)
+        return np.asarray(x)
+    except ValueError as error:
+        raise ValueError(f"{name} must be an array of numbers, got {type(x).__name__}: {error}") from None
+
+
+def integer(value: int, name: str) -> int:
+    try:
+        return operator.index(value)
     except TypeError:
-        raise TypeError(f"axis must be an integer, got {axis!r}") from None
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def channel_axis(x: NDArray[Any], axis: int) -> int:
+    index = integer(axis, "axis")
     if not -x.ndim <= index < x.ndim:
         raise ValueError(f"axis must be in [-{x.ndim}, {x.ndim}) for an array of {x.ndim} dimensions, got {index}")
     return index % x.ndim
@@ -112,7 +123,7 @@ def per_channel(values: ArrayLike | None, name: str, channels: int, dtype: Any) 
     """gamma or beta as a contiguous (channels,) array; None stays None."""
     if values is None:
         return None
-    array = np.asarray(values)
+    array = unmasked(values, name)
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{name} must be real numbers, got dtype {array.dtype}")
     if array.shape != (channels,):
@@ -130,6 +141,8 @@ def statistics(values: ArrayLike | None, name: str, channels: int) -> NDArray[np
 
 
 def epsilon(eps: float) -> float:
+    if isinstance(eps, str):
+        raise TypeError(f"eps must be a number >= 0, got {eps!r}")
     try:
         value = float(eps)
     except (TypeError, ValueError):

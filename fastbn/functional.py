@@ -117,6 +117,12 @@ def batch_norm(
     """
     kernels = _dispatch.kernels(backend)
     threads = _dispatch.thread_count(num_threads)
+    whole = getattr(kernels, "whole_batch_norm", None)
+    done = whole and whole(x, gamma, beta, axis, eps, activation, out, threads)
+    if done:
+        y, count, in_place, stats, coefs = done
+        return y, Saved(x, axis, count, activation is not None, True, in_place, stats, coefs)
+
     x = _layout.data(x)
     layout = _layout.layout_of(x, axis)
     gamma = _layout.per_channel(gamma, "gamma", layout.channels, x.dtype)
@@ -136,7 +142,7 @@ def batch_norm(
         x_view = _layout.canonical(x, layout)
         kernels.batch_norm(x_view, gamma, beta, eps, relu, y_view, stats, coefs, threads)
         _layout.finish(y, y_view, layout)
-    overwritten = out is not None and np.may_share_memory(y, x)
+    overwritten = out is not None and _layout.overlap(y, x)
     return y, Saved(x, axis, layout.count, relu, True, overwritten, stats, coefs)
 
 
@@ -188,6 +194,12 @@ def normalize(
     """batch_norm_inference, and what a backward through constant statistics needs (for the layer in eval mode)."""
     kernels = _dispatch.kernels(backend)
     threads = _dispatch.thread_count(num_threads)
+    whole = getattr(kernels, "whole_batch_norm_inference", None)
+    done = whole and whole(x, mean, var, gamma, beta, axis, eps, activation, out, threads)
+    if done:
+        y, count, in_place, stats, coefs = done
+        return y, Saved(x, axis, count, activation is not None, False, in_place, stats, coefs)
+
     x = _layout.data(x)
     layout = _layout.layout_of(x, axis)
     mean = _layout.statistics(mean, "mean", layout.channels)
@@ -206,7 +218,7 @@ def normalize(
         x_view = _layout.canonical(x, layout)
         kernels.batch_norm_inference(x_view, mean, var, gamma, beta, eps, relu, y_view, stats, coefs, threads)
         _layout.finish(y, y_view, layout)
-    overwritten = out is not None and np.may_share_memory(y, x)
+    overwritten = out is not None and _layout.overlap(y, x)
     return y, Saved(x, axis, layout.count, relu, False, overwritten, stats, coefs)
 
 
@@ -257,6 +269,14 @@ def batch_norm_backward(
     kernels = _dispatch.kernels(backend)
     threads = _dispatch.thread_count(num_threads)
     x = saved.x
+    whole = getattr(kernels, "whole_batch_norm_backward", None)
+    done = whole and whole(
+        grad_y, x, saved.axis, saved.stats, saved.coefs, saved.relu, saved.training, out, threads
+    )
+    if done:
+        grad_x, grads = done
+        return grad_x, grads[0], grads[1]
+
     grad_y = _layout.data(grad_y, "grad_y")
     if grad_y.shape != x.shape:
         raise ValueError(f"grad_y must have the shape of y, {x.shape}, got {grad_y.shape}")

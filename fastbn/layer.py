@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -76,14 +77,14 @@ class BatchNorm:
         self.dtype = np.dtype(dtype)
         if self.dtype not in (np.float32, np.float64):
             raise TypeError(f"dtype must be float32 or float64, got {self.dtype}")
-        if momentum is not None and not 0 <= momentum <= 1:
-            raise ValueError(f"momentum must be in [0, 1] or None, got {momentum!r}")
+        if momentum is not None and (not isinstance(momentum, Real) or not 0 <= momentum <= 1):
+            raise ValueError(f"momentum must be a number in [0, 1] or None, got {momentum!r}")
         _layout.uses_relu(activation)
         if backend is not None:
             _dispatch.kernels(backend)
         if num_threads is not None:
             _dispatch.thread_count(num_threads)
-        self.axis = axis
+        self.axis = _layout.integer(axis, "axis")
         self.eps = _layout.epsilon(eps)
         self.momentum = momentum
         self.affine = affine
@@ -223,25 +224,20 @@ class BatchNorm:
         if missing or unknown:
             raise KeyError(f"state must have the keys {expected}; missing: {missing}, unknown: {unknown}")
         checked = {
-            key: _layout.per_channel(
-                state[key], f"state[{key!r}]", self.num_features, self.dtype if key in ("weight", "bias") else np.float64
-            )
+            key: _layout.statistics(state[key], f"state[{key!r}]", self.num_features).copy()
             for key in expected
             if key != "num_batches_tracked"
         }
-        if self.affine:
-            gamma, beta = checked["weight"], checked["bias"]
         if self.track_running_stats:
-            var = checked["running_var"]
-            if (var < 0).any():
-                raise ValueError(f"state['running_var'] must be >= 0, got {var.min()}")
+            if (checked["running_var"] < 0).any():
+                raise ValueError(f"state['running_var'] must be >= 0, got {checked['running_var'].min()}")
             count = np.asarray(state["num_batches_tracked"])
             if count.shape != () or count.dtype.kind not in "iu" or count < 0:
                 raise ValueError(f"state['num_batches_tracked'] must be a whole number >= 0, got {count!r}")
-            self.running_mean, self.running_var = checked["running_mean"].copy(), var.copy()
+            self.running_mean, self.running_var = checked["running_mean"], checked["running_var"]
             self.num_batches_tracked = int(count)
         if self.affine:
-            self.gamma, self.beta = gamma.copy(), beta.copy()
+            self.gamma, self.beta = checked["weight"].astype(self.dtype), checked["bias"].astype(self.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickle or a deep copy is the layer, not the batch that it saw last.

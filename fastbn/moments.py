@@ -42,7 +42,7 @@ class Moments:
     __slots__ = ("count", "m2", "mean")
 
     def __init__(self, count: int, mean: ArrayLike, m2: ArrayLike) -> None:
-        self.count = int(count)
+        self.count = _layout.integer(count, "count")
         self.mean = np.array(mean, np.float64)
         self.m2 = np.array(m2, np.float64)
         if self.count < 0:
@@ -92,7 +92,10 @@ class Moments:
         self, x: ArrayLike, *, axis: int = 1, num_threads: int | None = None, backend: str | None = None,
     ) -> None:
         """Add a batch, in place. The arguments are those of `fastbn.moments`."""
-        merged = self.merge(moments(x, axis=axis, num_threads=num_threads, backend=backend))
+        batch = moments(x, axis=axis, num_threads=num_threads, backend=backend)
+        if batch.mean.shape != self.mean.shape:
+            raise ValueError(f"x must have {self.mean.size} channels along axis {axis}, got {batch.mean.size}")
+        merged = self.merge(batch)
         self.count, self.mean, self.m2 = merged.count, merged.mean, merged.m2
 
     def __repr__(self) -> str:

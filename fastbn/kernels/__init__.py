@@ -3,10 +3,11 @@
 Arrays arrive checked, by ``_layout.py``; kernels only loop. ``x``, ``grad_y`` and ``out`` are 3-D views
 ``(outer, channels, inner)``, float32 or float64 ("the data's dtype"), with ``[channels, inner]`` contiguous and any
 stride along ``outer``; none of their axes is empty. ``out`` may be the very memory of the first argument, or overlaps
-none. Two small arrays travel between the halves of an operation:
+none. Small arrays travel between the halves of an operation:
 
     stats   (3, channels) float64            mean, var (biased), invstd
     coefs   (3, channels) the data's dtype   center, scale, offset
+    linear  (4, channels) the data's dtype   factor, slope, shift, rest (the last two: one shift in two floats)
 
 Four kernels::
 
@@ -15,7 +16,7 @@ Four kernels::
     grad_moments(grad_y, x, mean, coefs, relu,
                  sum_dy, sum_dy_xmu, num_threads)                sum(dy), sum(dy * (x - mean))
     grad_affine(grad_y, x, coefs, linear, relu,
-                out, num_threads)                                out = a * dy + b * (x - center) + c
+                out, num_threads)                                out = factor * (dy - shift - rest - (x - center) * slope)
 
 and three drivers, which run a pair of them around the arithmetic per channel in one call::
 
@@ -25,7 +26,7 @@ and three drivers, which run a pair of them around the arithmetic per channel in
 
 Rounding: sums are float64, about a pivot near the mean. The mean is split into what the data's dtype holds (center) and
 the rest, which goes into the offset, so nothing cancels however large the mean. Where a fused ReLU was off, dy counts
-as 0; whether it was off is computed again from ``x`` by the forward's own formula.
+as 0; whether it was off is computed again from ``x`` by ``affine``'s formula.
 
 Threads: ``num_threads`` is an upper limit. The data is cut by its shape alone and partial results merge in a fixed
 order, so a backend gives the same bits for any number of threads, any row stride, in place or not.

@@ -26,6 +26,26 @@ static inline int team_size(void) { return 1; }
 static inline void team_barrier(void) {}
 #endif
 
+/* Threads at work in all the calls now in flight (from several Python threads). A call takes what its own limit leaves
+   beside the others', and at least itself, so together they do not oversubscribe; the bits do not depend on it. */
+#if defined(_OPENMP) && defined(__GNUC__)
+static int team_busy;
+static inline int team_take(int wanted) {
+    int busy = __atomic_load_n(&team_busy, __ATOMIC_RELAXED);
+    while (wanted - busy > 1)
+        if (__atomic_compare_exchange_n(&team_busy, &busy, wanted, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+            return wanted - busy;
+    return 1;
+}
+static inline void team_give(int taken) {
+    if (taken > 1)
+        __atomic_fetch_sub(&team_busy, taken, __ATOMIC_RELAXED);
+}
+#else
+static inline int team_take(int wanted) { return wanted > 1 ? wanted : 1; }
+static inline void team_give(int taken) { (void)taken; }
+#endif
+
 /* The widest instruction set that this processor and its system offer: 0 baseline, 1 AVX2 + FMA, 2 AVX-512. */
 static inline int fastbn_cpu_level(void) {
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)

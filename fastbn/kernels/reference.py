@@ -5,6 +5,8 @@ Longdouble data (the tests' own) is computed in longdouble. ``num_threads`` is a
 
 import numpy as np
 
+_quiet = np.errstate(all="ignore")  # non-finite data gives non-finite results, without warnings, as in the other backends
+
 BATCH = (0, 2)  # the axes of (outer, channels, inner) that are summed over
 
 
@@ -39,16 +41,19 @@ def _grad_moments(grad_y, x, mean, coefs, relu):
     return dy.sum(axis=BATCH), (dy * (_wide(x) - _column(mean))).sum(axis=BATCH)
 
 
+@_quiet
 def moments(x, mean, m2, num_threads):
     """mean = sum(x) / n; m2 = sum((x - mean)^2)."""
     mean[:], m2[:] = _moments(x)
 
 
+@_quiet
 def affine(x, coefs, relu, out, num_threads):
     """out = (x - center) * scale + offset, then the activation."""
     out[...] = _affine(x, *coefs, relu)
 
 
+@_quiet
 def batch_norm(x, gamma, beta, eps, relu, out, stats, coefs, num_threads):
     """y = gamma * (x - mean) / sqrt(var + eps) + beta (Ioffe and Szegedy 2015, algorithm 1)."""
     mean, m2 = _moments(x)
@@ -56,6 +61,7 @@ def batch_norm(x, gamma, beta, eps, relu, out, stats, coefs, num_threads):
     batch_norm_inference(x, mean, var, gamma, beta, eps, relu, out, stats, coefs, num_threads)
 
 
+@_quiet
 def batch_norm_inference(x, mean, var, gamma, beta, eps, relu, out, stats, coefs, num_threads):
     """The same about given statistics."""
     invstd = 1 / np.sqrt(var + eps)
@@ -67,18 +73,21 @@ def batch_norm_inference(x, mean, var, gamma, beta, eps, relu, out, stats, coefs
     out[...] = _affine(x, mean, scale, offset, relu)
 
 
+@_quiet
 def grad_moments(grad_y, x, mean, coefs, relu, sum_dy, sum_dy_xmu, num_threads):
     """sum(dy), sum(dy * (x - mean))."""
     sum_dy[:], sum_dy_xmu[:] = _grad_moments(grad_y, x, mean, coefs, relu)
 
 
+@_quiet
 def grad_affine(grad_y, x, coefs, linear, relu, out, num_threads):
-    """out = a * dy + b * (x - center) + c."""
-    a, b, c = linear
+    """out = factor * (((dy - shift) - rest) - (x - center) * slope)."""
+    factor, slope, shift, rest = (_column(row) for row in linear)
     dy = _gate(grad_y, x, coefs, relu)
-    out[...] = _column(a) * dy + _column(b) * (_wide(x) - _column(coefs[0])) + _column(c)
+    out[...] = factor * (((dy - shift) - rest) - (_wide(x) - _column(coefs[0])) * slope)
 
 
+@_quiet
 def batch_norm_backward(grad_y, x, stats, coefs, relu, training, out, grads, num_threads):
     """x_hat = (x - mean) * invstd; grad_x = scale * (dy - mean(dy) - x_hat * mean(dy * x_hat)) in training."""
     mean, _, invstd = stats

@@ -1,0 +1,82 @@
+"""The machine: what it is, and which of its processors a measurement runs on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+CPUS = Path("/sys/devices/system/cpu")
+
+
+def describe() -> dict[str, str]:
+    """What a reader must know to judge the figures. Unknown facts are left out."""
+    found = {
+        "processor": _first_match("/proc/cpuinfo", r"model name\s*:\s*(.+)") or platform.processor(),
+        "architecture": platform.machine(),
+        "processors usable": str(len(_usable())),
+        "caches": ", ".join(f"{name} {size}" for name, size in caches().items()),
+        "memory": _memory(),
+        "huge pages": _first_match("/sys/kernel/mm/transparent_hugepage/enabled", r"\[(\w+)\]"),
+        "system": f"{platform.system()} {platform.release()}, {' '.join(platform.libc_ver())}".rstrip(", "),
+        "Python": platform.python_version(),
+    }
+    return {name: fact for name, fact in found.items() if fact}
+
+
+def caches() -> dict[str, str]:
+    """Data caches that the first processor sees, such as {"L2": "2048K"}."""
+    found = {}
+    for folder in sorted((CPUS / "cpu0/cache").glob("index*")):
+        if _read(folder / "type") in ("Data", "Unified"):
+            found[f"L{_read(folder / 'level')}"] = _read(folder / "size")
+    return found
+
+
+def cache_bytes() -> dict[str, int]:
+    """The same in bytes."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    return {name: int(size[:-1]) * units[size[-1]] for name, size in caches().items() if size[-1:] in units}
+
+
+def pin(threads: int) -> None:
+    """Let this process run on as many processors as it has threads: for libraries that count processors.
+
+    One processor per core comes before the second one of any core.
+    """
+    usable = _usable()
+    if threads < len(usable) and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(usable, key=lambda cpu: (_sibling_rank(cpu), cpu))[:threads])
+
+
+def _usable() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _sibling_rank(cpu: int) -> int:
+    """0 for the first processor of a core, 1 for the second."""
+    siblings: list[int] = []
+    for part in filter(None, _read(CPUS / f"cpu{cpu}/topology/thread_siblings_list").split(",")):
+        first, _, last = part.partition("-")
+        siblings += range(int(first), int(last or first) + 1)
+    return siblings.index(cpu) if cpu in siblings else 0
+
+
+def _memory() -> str:
+    kib = _first_match("/proc/meminfo", r"MemTotal:\s*(\d+)")
+    return f"{int(kib) / 2**20:.0f} GiB" if kib else ""
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _first_match(path: str, pattern: str) -> str:
+    match = re.search(pattern, _read(Path(path)))
+    return match.group(1).strip() if match else ""

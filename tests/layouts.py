@@ -1,0 +1,92 @@
+"""Arrays of every memory layout that a caller may bring, by name."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Layout(NamedTuple):
+    shape: tuple[int, ...]  # of the array that is drawn
+    axis: int = 1  # the channel axis of what `view` makes of it
+    view: Callable[[np.ndarray], np.ndarray] = np.ascontiguousarray
+    rows: bool = False  # whether only the stride between rows differs from a contiguous array's
+
+
+LAYOUTS = {
+    # one value a row and channel: columns are swept
+    "2x5": Layout((2, 5)),
+    "5x1": Layout((5, 1)),
+    "9x16": Layout((9, 16)),
+    "9001x1": Layout((9001, 1)),
+    "9001x3": Layout((9001, 3)),
+    "4999x20": Layout((4999, 20)),
+    "1301x77": Layout((1301, 77)),
+    "1000x64": Layout((1000, 64)),
+    "260x513": Layout((260, 513)),
+    "70x1000": Layout((70, 1000)),
+    "33x5000": Layout((33, 5000)),
+    "channels last 4-D": Layout((3, 5, 7, 20), axis=-1),
+    "channels last 5-D": Layout((2, 3, 4, 5, 77), axis=4),
+    "torch channels_last": Layout((4, 7, 9, 20), view=lambda x: x.transpose(0, 3, 1, 2)),
+    # a step between rows
+    "every other row": Layout((4001, 20), view=lambda x: x[::2], rows=True),
+    "rows reversed": Layout((2001, 20), view=lambda x: x[::-1], rows=True),
+    "some columns": Layout((1201, 80), view=lambda x: x[:, 1:-2], rows=True),
+    "one column": Layout((801, 9), view=lambda x: x[:, 4:5], rows=True),
+    "some columns of many": Layout((65, 1100), view=lambda x: x[5:-3:2, 7:-90], rows=True),
+    "every other image": Layout((9, 5, 7, 7), view=lambda x: x[::2], rows=True),
+    "some channels": Layout((6, 9, 5, 3), view=lambda x: x[::-1, 2:7], rows=True),
+    # several values a row and channel, few: swept as columns
+    **{f"inner {n}": Layout((67, 7, n)) for n in (2, 3, 5, 8, 16, 17, 31)},
+    "inner 4, wide": Layout((40, 300, 4)),
+    "inner 31, wide": Layout((9, 70, 31)),
+    # many: swept along the inner axis
+    **{f"inner {n}": Layout((6, 40, n)) for n in (32, 33, 49, 196)},
+    "inner 3136": Layout((3, 4, 3136)),
+    "inner 196, tall": Layout((260, 3, 196)),
+    "NCHW": Layout((5, 6, 14, 14)),
+    "NCDHW": Layout((3, 5, 3, 4, 5)),
+    "Fortran": Layout((3001, 5), view=np.asfortranarray),
+    "Fortran, long": Layout((20001, 3), view=np.asfortranarray),
+    "Fortran, short": Layout((11, 90), view=np.asfortranarray),
+    "channels first": Layout((6, 901), axis=0),
+    # no view fits: copied
+    "every other column": Layout((501, 40), view=lambda x: x[:, ::2]),
+    "columns reversed": Layout((501, 20), view=lambda x: x[:, ::-1]),
+    "inner step": Layout((20, 6, 40), view=lambda x: x[:, :, ::2]),
+    "interleaved": Layout((4, 5, 6, 7), view=lambda x: x.transpose(2, 1, 0, 3)),
+    "broadcast rows": Layout((40, 6, 1), view=lambda x: np.broadcast_to(x, (40, 6, 9))),
+}
+LARGE = Layout((8300, 513))  # more blocks than chunks, and an output that bypasses the caches
+
+
+class Drawn(NamedTuple):
+    x: np.ndarray
+    grad_y: np.ndarray
+    gamma: np.ndarray
+    beta: np.ndarray
+    axis: int
+
+
+def draw(layout, dtype, seed=7):
+    """Normal data with a mean and a standard deviation of its own in each channel; nothing in it is special."""
+    rng = np.random.default_rng(seed)
+    x = layout.view(rng.standard_normal(layout.shape).astype(dtype))
+    grad_y = layout.view(rng.standard_normal(layout.shape).astype(dtype) + dtype.type(0.25))
+    channels = x.shape[layout.axis]
+    column = [-1 if i == layout.axis % x.ndim else 1 for i in range(x.ndim)]
+    if x.flags.writeable:
+        x *= rng.uniform(0.5, 2, channels).astype(dtype).reshape(column)
+        x += rng.uniform(-3, 3, channels).astype(dtype).reshape(column)
+    gamma = rng.uniform(0.5, 2, channels).astype(dtype) * rng.choice([-1, 1], channels).astype(dtype)
+    beta = rng.uniform(-1, 1, channels).astype(dtype)
+    for array in (x, grad_y, gamma, beta):
+        array.flags.writeable = False  # no test may change what others get
+    return Drawn(x, grad_y, gamma, beta, layout.axis)
+
+
+@lru_cache(maxsize=None)
+def drawn(name, dtype):
+    return draw(LAYOUTS[name], dtype)

@@ -1,0 +1,134 @@
+"""Every backend, dtype and layout against the reference on longdouble data."""
+
+from functools import lru_cache
+
+import numpy as np
+import pytest
+from layouts import LARGE, LAYOUTS, draw, drawn
+from oracle import Exact
+from tolerances import assert_close
+
+import fastbn
+
+ACTIVATIONS = [None, "relu"]
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request):
+    return request.param
+
+
+@lru_cache(maxsize=None)
+def exact_of(layout, dtype):
+    x, _, gamma, beta, axis = drawn(layout, dtype)
+    return Exact(x, gamma, beta, axis=axis)
+
+
+def check_forward(y, saved, exact, dtype, activation=None):
+    exact_y = np.maximum(exact.y, 0) if activation == "relu" else exact.y
+    assert y.dtype == dtype
+    assert saved.count == exact.x.shape[2]
+    assert_close(saved.mean, exact.mean, "mean", dtype, np.maximum(np.abs(exact.mean), exact.std))
+    assert_close(saved.var, exact.var, "var", dtype)
+    assert_close(saved.invstd, exact.invstd, "var", dtype)
+    assert_close(y, exact_y, "y", dtype, exact.y_terms)
+
+
+def check_backward(gradients, exact, dtype):
+    grad_x, grad_gamma, grad_beta = gradients
+    assert grad_x.dtype == grad_gamma.dtype == grad_beta.dtype == dtype
+    assert_close(grad_x, exact.grad_x, "grad_x", dtype, exact.grad_x_terms)
+    assert_close(grad_gamma, exact.grad_gamma, "grad_gamma", dtype, exact.grad_gamma_terms)
+    assert_close(grad_beta, exact.grad_beta, "grad_beta", dtype, exact.grad_beta_terms)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_forward_and_backward(backend, dtype, layout, activation):
+    x, grad_y, gamma, beta, axis = drawn(layout, dtype)
+    exact = exact_of(layout, dtype)
+    y, saved = fastbn.batch_norm(x, gamma, beta, axis=axis, activation=activation, num_threads=3, backend=backend)
+    check_forward(y, saved, exact, dtype, activation)
+    gradients = fastbn.batch_norm_backward(grad_y, saved, num_threads=3, backend=backend)
+    check_backward(gradients, exact.backward(grad_y, on=None if activation is None else y > 0), dtype)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_inference(backend, dtype, layout, activation):
+    x, _, gamma, beta, axis = drawn(layout, dtype)
+    channels = x.shape[axis]
+    mean, var = np.linspace(-2, 2, channels), np.linspace(0.5, 3, channels)
+    exact = Exact(x, gamma, beta, axis=axis, eps=1e-3, mean=mean, var=var)
+    y = fastbn.batch_norm_inference(
+        x, mean, var, gamma, beta, axis=axis, eps=1e-3, activation=activation, num_threads=3, backend=backend
+    )
+    assert y.dtype == dtype
+    assert_close(y, np.maximum(exact.y, 0) if activation else exact.y, "y", dtype, exact.y_terms)
+
+
+def test_moments(backend, dtype, layout):
+    x, _, _, _, axis = drawn(layout, dtype)
+    exact = exact_of(layout, dtype)
+    moments = fastbn.moments(x, axis=axis, num_threads=3, backend=backend)
+    assert moments.count == exact.x.shape[2]
+    assert_close(moments.mean, exact.mean, "mean", dtype, np.maximum(np.abs(exact.mean), exact.std))
+    assert_close(moments.var(), exact.var, "var", dtype)
+
+
+@pytest.mark.parametrize("given", ["neither", "gamma", "beta"])
+@pytest.mark.parametrize("layout", ["1301x77", "inner 8", "inner 49"])
+def test_gamma_and_beta_are_1_and_0_by_default(backend, dtype, layout, given):
+    x, grad_y, gamma, beta, axis = drawn(layout, dtype)
+    gamma, beta = gamma if given == "gamma" else None, beta if given == "beta" else None
+    exact = Exact(x, gamma, beta, axis=axis)
+    y, saved = fastbn.batch_norm(x, gamma, beta, axis=axis, backend=backend)
+    check_forward(y, saved, exact, dtype)
+    check_backward(fastbn.batch_norm_backward(grad_y, saved, backend=backend), exact.backward(grad_y), dtype)
+
+
+@pytest.mark.parametrize("eps", [0, 1e-12, 0.1, 100.0])
+def test_eps(backend, dtype, eps):
+    x, grad_y, gamma, beta, axis = drawn("1000x64", dtype)
+    exact = Exact(x, gamma, beta, axis=axis, eps=eps)
+    y, saved = fastbn.batch_norm(x, gamma, beta, axis=axis, eps=eps, backend=backend)
+    check_forward(y, saved, exact, dtype)
+    check_backward(fastbn.batch_norm_backward(grad_y, saved, backend=backend), exact.backward(grad_y), dtype)
+
+
+def test_grad_y_and_x_of_different_memory_orders(backend, dtype):
+    x, grad_y, gamma, beta, axis = drawn("NCHW", dtype)
+    exact = Exact(x, gamma, beta, axis=axis).backward(grad_y)
+    _, saved = fastbn.batch_norm(x, gamma, beta, axis=axis, backend=backend)
+    for other in (np.asfortranarray(grad_y), np.ascontiguousarray(grad_y.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)):
+        check_backward(fastbn.batch_norm_backward(other, saved, backend=backend), exact, dtype)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_large(compiled, activation):
+    dtype = np.dtype(np.float32)
+    x, grad_y, gamma, beta, axis = draw(LARGE, dtype)
+    columns = [0, 15, 16, 255, 256, 271, 272, 511, 512]  # at the borders of tiles and strips; the rest would take long
+    exact = Exact(x[:, columns], gamma[columns], beta[columns], axis=axis)
+    y, saved = fastbn.batch_norm(x, gamma, beta, axis=axis, activation=activation, num_threads=2, backend=compiled)
+    on = None if activation is None else y[:, columns] > 0
+    gradients = fastbn.batch_norm_backward(grad_y, saved, num_threads=2, backend=compiled)
+    assert_close(saved.mean[columns], exact.mean, "mean", dtype, np.maximum(np.abs(exact.mean), exact.std))
+    assert_close(saved.var[columns], exact.var, "var", dtype)
+    assert_close(y[:, columns], np.maximum(exact.y, 0) if activation else exact.y, "y", dtype, exact.y_terms)
+    check_backward([g[..., columns] for g in gradients], exact.backward(grad_y[:, columns], on), dtype)
+
+
+@pytest.mark.parametrize(
+    "layout", [name for name, layout in LAYOUTS.items() if name not in (
+        "every other column", "columns reversed", "inner step", "interleaved", "broadcast rows")])
+def test_views_are_not_copied(layout):
+    x, _, _, _, axis = drawn(layout, np.dtype(np.float32))
+    view = fastbn._layout.canonical(x, fastbn._layout.layout_of(x, axis))
+    assert np.shares_memory(view, x)
+
+
+def test_y_has_the_memory_order_of_x(compiled, dtype):
+    x = drawn("1301x77", dtype).x
+    assert fastbn.batch_norm(np.asfortranarray(x), backend=compiled)[0].flags.f_contiguous
+    assert fastbn.batch_norm(x, backend=compiled)[0].flags.c_contiguous
+    nhwc = drawn("torch channels_last", dtype).x
+    assert fastbn.batch_norm(nhwc, backend=compiled)[0].strides == nhwc.strides
