@@ -8,6 +8,7 @@ import importlib
 import math
 import operator
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +60,7 @@ def _choose() -> ModuleType:
 
 def _load(name: str) -> ModuleType:
     if name not in _loaded:
-        module = {"cython": _cython_module, "numba": lambda: "numba_kernels", "numpy": lambda: "reference"}[name]()
+        module = _cython_module() if name == "cython" else {"numba": "numba_kernels", "numpy": "reference"}[name]
         try:
             _loaded[name] = importlib.import_module(f"fastbn.kernels.{module}")
         except ImportError as error:
@@ -251,23 +252,25 @@ def _affinity() -> tuple[int, str]:
     return os.cpu_count() or 1, "CPU count"
 
 
-def _cgroup_quota(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> tuple[float, str]:
-    """The CPU quota of this process's cgroup (version 2, else 1) and of its parents, rounded up; inf without one."""
+def _cgroup_quota(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> tuple[int, str]:
+    """The CPU quota of this process's cgroup (version 2, else 1) and of its parents, rounded up; huge without one."""
     def read(path: Path) -> str:
         try:
             return path.read_text().strip()
         except OSError:
             return ""
 
-    least = math.inf
+    least = sys.maxsize
     for line in read(process).splitlines() or ["0::/"]:
         _, controllers, group = line.split(":", 2)
         if controllers not in ("", "cpu", "cpu,cpuacct", "cpuacct,cpu"):
             continue
         folder = root / "cpu" if controllers else root
         for path in (folder / group.strip("/"), *(folder / group.strip("/")).parents):
-            quota, period = (read(path / "cpu.cfs_quota_us"), read(path / "cpu.cfs_period_us")) if controllers \
-                else (read(path / "cpu.max").split() + ["", ""])[:2]
+            if controllers:
+                quota, period = read(path / "cpu.cfs_quota_us"), read(path / "cpu.cfs_period_us")
+            else:
+                quota, _, period = read(path / "cpu.max").partition(" ")
             if quota.isdecimal() and period.isdecimal() and int(quota) > 0 and int(period) > 0:
                 least = min(least, math.ceil(int(quota) / int(period)))
             if path == root:

@@ -31,7 +31,7 @@ class Layout(NamedTuple):
         return self.view[1]
 
     @property
-    def count(self) -> int:
+    def n_values(self) -> int:
         """Values per channel."""
         return self.view[0] * self.view[2]
 
@@ -56,9 +56,9 @@ def layout_of(x: NDArray[Any], axis: int) -> Layout:
 def canonical(x: NDArray[Any], layout: Layout) -> NDArray[Any]:
     """x as ``layout.view``, a view where x allows it, else a copy."""
     view = x.transpose(layout.order).reshape(layout.view)
-    itemsize = x.itemsize
-    good = view.strides[1:] == (layout.view[2] * itemsize, itemsize) or view.flags.c_contiguous
-    if good and x.flags.aligned and view.strides[0] % itemsize == 0:
+    steps = view.shape[1:], view.strides[1:], (layout.view[2] * x.itemsize, x.itemsize)
+    contiguous = all(length == 1 or stride == step for length, stride, step in zip(*steps, strict=True))
+    if contiguous and x.flags.aligned and view.strides[0] % x.itemsize == 0:
         return view
     return np.ascontiguousarray(view)
 
@@ -175,7 +175,7 @@ def output(
     if out.shape != layout.shape:
         raise ValueError(f"out must have shape {layout.shape}, got {out.shape}")
     if out.dtype != layout.dtype or not out.dtype.isnative:
-        raise TypeError(f"out must have dtype {layout.dtype}, got {out.dtype.str if not out.dtype.isnative else out.dtype}")
+        raise TypeError(f"out must have dtype {layout.dtype.str}, got {out.dtype.str}")
     if not out.flags.writeable:
         raise ValueError("out must be writeable, got a read-only array")
     same = out.ctypes.data == source.ctypes.data and out.strides == source.strides
@@ -191,7 +191,7 @@ def overlap(a: NDArray[Any], b: NDArray[Any]) -> bool:
     if not np.may_share_memory(a, b):
         return False
     try:
-        return np.shares_memory(a, b, max_work=100_000)
+        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]  # the stubs know only -1 and 0
     except np.exceptions.TooHardError:
         return True
 

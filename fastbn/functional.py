@@ -26,7 +26,7 @@ class Saved:
     __slots__ = ("axis", "coefs", "count", "overwritten", "relu", "stats", "training", "x")
 
     def __init__(
-        self, x: NDArray[Any], axis: int, count: int, relu: bool, training: bool, overwritten: bool,
+        self, x: Any, axis: int, count: int, relu: bool, training: bool, overwritten: bool,
         stats: NDArray[np.float64], coefs: NDArray[Any],
     ) -> None:
         self.x = x
@@ -40,15 +40,18 @@ class Saved:
 
     @property
     def mean(self) -> NDArray[np.float64]:
-        return self.stats[0]
+        mean: NDArray[np.float64] = self.stats[0]
+        return mean
 
     @property
     def var(self) -> NDArray[np.float64]:
-        return self.stats[1]
+        var: NDArray[np.float64] = self.stats[1]
+        return var
 
     @property
     def invstd(self) -> NDArray[np.float64]:
-        return self.stats[2]
+        invstd: NDArray[np.float64] = self.stats[2]
+        return invstd
 
     def __repr__(self) -> str:
         return f"Saved(count={self.count}, channels={self.stats.shape[1]}, dtype={self.coefs.dtype})"
@@ -130,7 +133,7 @@ def batch_norm(
     eps = _layout.epsilon(eps)
     relu = _layout.uses_relu(activation)
     y, y_view = _layout.output(out, layout, x)
-    if layout.count == 1 and layout.channels:
+    if layout.n_values == 1 and layout.channels:
         raise ValueError(
             f"x must have more than one value per channel in training, got shape {x.shape} with axis={axis}; "
             "use batch_norm_inference, or a larger batch"
@@ -143,7 +146,7 @@ def batch_norm(
         kernels.batch_norm(x_view, gamma, beta, eps, relu, y_view, stats, coefs, threads)
         _layout.finish(y, y_view, layout)
     overwritten = out is not None and _layout.overlap(y, x)
-    return y, Saved(x, axis, layout.count, relu, True, overwritten, stats, coefs)
+    return y, Saved(x, axis, layout.n_values, relu, True, overwritten, stats, coefs)
 
 
 def batch_norm_inference(
@@ -219,7 +222,7 @@ def normalize(
         kernels.batch_norm_inference(x_view, mean, var, gamma, beta, eps, relu, y_view, stats, coefs, threads)
         _layout.finish(y, y_view, layout)
     overwritten = out is not None and _layout.overlap(y, x)
-    return y, Saved(x, axis, layout.count, relu, False, overwritten, stats, coefs)
+    return y, Saved(x, axis, layout.n_values, relu, False, overwritten, stats, coefs)
 
 
 def batch_norm_backward(

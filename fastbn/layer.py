@@ -103,7 +103,7 @@ class BatchNorm:
         self._saved: Saved | None = None
 
     def __call__(self, x: ArrayLike, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """y, by the batch's statistics in training mode (which then updates the running ones), else by the running ones.
+        """y, by the batch's statistics in training mode (which updates the running ones), else by the running ones.
 
         ``x`` is kept, not copied, for `backward`: do not write to it before. ``out`` is as in `fastbn.batch_norm`.
         """

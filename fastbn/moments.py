@@ -141,7 +141,7 @@ def moments(
     array: NDArray[Any] = _layout.data(x)
     layout = _layout.layout_of(array, axis)
     result = Moments.empty(layout.channels)
-    result.count = layout.count
+    result.count = layout.n_values
     if array.size:
         kernels.moments(_layout.canonical(array, layout), result.mean, result.m2, threads)
     return result

@@ -58,7 +58,7 @@ def default_threads(monkeypatch):
 
 @pytest.fixture
 def run_python(tmp_path):
-    """Runs code in a fresh interpreter that imports the same fastbn, and returns what it printed, warnings as errors."""
+    """Runs code in a fresh interpreter that imports the same fastbn; returns what it printed."""
 
     def run(code, *arguments, status=0, timeout=120, **environment):
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("FASTBN_", "OMP_"))}

@@ -1,7 +1,7 @@
 """Arrays of every memory layout that a caller may bring, by name."""
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -70,9 +70,9 @@ class Drawn(NamedTuple):
     axis: int
 
 
-def draw(layout, dtype, seed=7):
-    """Normal data with a mean and a standard deviation of its own in each channel; nothing in it is special."""
-    rng = np.random.default_rng(seed)
+def draw(layout, dtype, *, frozen=True):
+    """Normal data with a mean and a standard deviation of its own in each channel; the same in every call."""
+    rng = np.random.default_rng(7)
     x = layout.view(rng.standard_normal(layout.shape).astype(dtype))
     grad_y = layout.view(rng.standard_normal(layout.shape).astype(dtype) + dtype.type(0.25))
     channels = x.shape[layout.axis]
@@ -83,10 +83,11 @@ def draw(layout, dtype, seed=7):
     gamma = rng.uniform(0.5, 2, channels).astype(dtype) * rng.choice([-1, 1], channels).astype(dtype)
     beta = rng.uniform(-1, 1, channels).astype(dtype)
     for array in (x, grad_y, gamma, beta):
-        array.flags.writeable = False  # no test may change what others get
+        array.flags.writeable = array.flags.writeable and not frozen
     return Drawn(x, grad_y, gamma, beta, layout.axis)
 
 
-@lru_cache(maxsize=None)
+@cache
 def drawn(name, dtype):
+    """Read-only, because every test gets the same arrays."""
     return draw(LAYOUTS[name], dtype)

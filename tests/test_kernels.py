@@ -1,6 +1,6 @@
 """Every backend, dtype and layout against the reference on longdouble data."""
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def layout(request):
     return request.param
 
 
-@lru_cache(maxsize=None)
+@cache
 def exact_of(layout, dtype):
     x, _, gamma, beta, axis = drawn(layout, dtype)
     return Exact(x, gamma, beta, axis=axis)

@@ -19,7 +19,7 @@ def describe() -> dict[str, str]:
         "caches": ", ".join(f"{name} {size}" for name, size in caches().items()),
         "memory": _memory(),
         "huge pages": _first_match("/sys/kernel/mm/transparent_hugepage/enabled", r"\[(\w+)\]"),
-        "system": f"{platform.system()} {platform.release()}, {' '.join(platform.libc_ver())}".rstrip(", "),
+        "system": f"{platform.system()}, {' '.join(platform.libc_ver())}".rstrip(", "),
         "Python": platform.python_version(),
     }
     return {name: fact for name, fact in found.items() if fact}

@@ -121,8 +121,8 @@ def _interrupts_held_back() -> Iterator[None]:
         yield
         return
     multiprocessing.resource_tracker.ensure_running()  # starting it would let interrupts through again
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -51,27 +51,26 @@ class Roofline:
         """The call that is timed; None for small or strided arrays."""
         if d.layout == "rows" or d.x.nbytes < FROM_BYTES:
             return None
-        x = self._pieces(d.x)
-        passes: list[Callable[[], Any]] = []
-        for name in PASSES[op]:
-            if name == "read x":
-                passes.append(lambda: self._each(np.max, x))
-            elif name == "copy":
-                out = self._pieces(d.out)
-                passes.append(lambda out=out: self._each(np.copyto, out, x))
-            elif name == "read both":
-                grad_y = self._pieces(d.grad_y)
-                passes.append(lambda grad_y=grad_y: (self._each(np.max, grad_y), self._each(np.max, x)))
-            else:
-                grad_y, out = self._pieces(d.grad_y), self._pieces(d.out)
-                passes.append(lambda grad_y=grad_y, out=out: self._each(np.add, grad_y, x, out))
-        return lambda: [run() for run in passes]
+        passes = [one for name in PASSES[op] for one in self._pass(name, d)]
+
+        def run() -> None:
+            for function, *pieces in passes:
+                list(self.pool.map(function, *pieces))
+
+        return run
 
     def arrays(self, op: str, result: Any) -> list[NDArray[Any]]:
         return []
 
+    def _pass(self, name: str, d: Data) -> list[tuple[Any, ...]]:
+        """The NumPy functions of a pass, each with the pieces of its arguments."""
+        if name == "read x":
+            return [(np.max, self._pieces(d.x))]
+        if name == "read both":
+            return [(np.max, self._pieces(d.grad_y)), (np.max, self._pieces(d.x))]
+        if name == "copy":
+            return [(np.copyto, self._pieces(d.out), self._pieces(d.x))]
+        return [(np.add, self._pieces(d.grad_y), self._pieces(d.x), self._pieces(d.out))]
+
     def _pieces(self, array: NDArray[Any]) -> list[NDArray[Any]]:
         return np.array_split(array.ravel("K"), self.threads)  # ravel("K") of a contiguous array is no copy
-
-    def _each(self, function: Callable[..., Any], *pieces: list[NDArray[Any]]) -> None:
-        list(self.pool.map(function, *pieces))

@@ -56,7 +56,7 @@ class Host:
         return {name: version for side in self.sides.values() for name, version in side.versions().items()}
 
     def prepare(self, label: str, case: Case) -> float | None:
-        """Get a call ready and warm; seconds that it takes, about, or None where a side does not offer the operation."""
+        """Get a call ready and warm; about how many seconds it takes, or None where a side does not offer it."""
         call = self.sides[label].prepare(case.op, self._data_for(case))
         if call is None:
             return None

@@ -16,7 +16,7 @@ Four kernels::
     grad_moments(grad_y, x, mean, coefs, relu,
                  sum_dy, sum_dy_xmu, num_threads)                sum(dy), sum(dy * (x - mean))
     grad_affine(grad_y, x, coefs, linear, relu,
-                out, num_threads)                                out = factor * (dy - shift - rest - (x - center) * slope)
+                out, num_threads)                            out = factor * (dy - shift - rest - (x - center) * slope)
 
 and three drivers, which run a pair of them around the arithmetic per channel in one call::
 

@@ -2,25 +2,18 @@
 """The compiled kernels. kernels/__init__.py holds the contract; numba_kernels.py is this file's twin.
 
 One source, compiled once per instruction set: _cython_baseline.pyx, _cython_avx2.pyx and _cython_avx512.pyx each
-include it. Read it downwards: the plan (how the data is cut, by shape alone), the strips (the hot loops), the tasks
-(one chunk of one tile), the workers (one thread), and at the end what Python calls.
+include it and cython_calls.pyx. Read it downwards: the plan (how the data is cut, by shape alone), then for each
+kernel its strip (the hot loop, of literal size), its rows and runs, its task (one tile of one chunk); and the workers (what one
+thread does). `inline` means always here (setup.py sees to it): it is what makes the sizes literal. What is not inline
+keeps the compiler from making copy after copy.
 """
-cimport numpy as cnp
-from cython.parallel cimport parallel
-from libc.math cimport INFINITY, sqrt
-from libc.stdlib cimport free, malloc
+from libc.math cimport sqrt
 from libc.string cimport memcpy, memset
 
-cnp.import_array()
-
 cdef extern from "machine.h" nogil:
-    const int fastbn_has_openmp
-    int fastbn_cpu_level()
     int team_rank()
     int team_size()
     void team_barrier()
-    int team_take(int wanted)
-    void team_give(int taken)
     void prefetch(const void* address)
     void stream_copy(void* target, const void* source, size_t bytes)
     void stream_end()
@@ -39,6 +32,7 @@ cdef enum:
     BLOCK_INNER = 8192    # inner elements a channel a block
     PIVOT_ROWS = 4        # wide rows whose mean is the pivot
     PIVOT_INNER = 256     # the same along the inner axis
+    AHEAD = 512           # elements that the elementwise passes fetch ahead: 10 to 25 % from 16 MB up
     MAX_CHUNKS = 64       # partial results a channel, at most; so also the threads that can share a column
     SERIAL_BYTES = 65536  # a thread's fair share: below it, waking the thread costs more than it saves
     STREAM_BYTES = 1 << 24  # outputs from here on bypass the caches
@@ -66,8 +60,8 @@ cdef struct Plan:
     Py_ssize_t fold        # rows laid side by side to make a wide row (narrow data)
     Py_ssize_t tile        # channels a tile
     Py_ssize_t n_tiles
-    Py_ssize_t block_outer # outer rows a block
-    Py_ssize_t block_inner # inner elements a block
+    Py_ssize_t block_outer  # outer rows a block
+    Py_ssize_t block_inner  # inner elements a block
     Py_ssize_t n_segments  # blocks that share their outer rows
     Py_ssize_t n_blocks
     Py_ssize_t chunk       # blocks a chunk
@@ -179,8 +173,8 @@ cdef inline const floating* gather(
 #     s1 = sum(x - pivot)    s2 = sum((x - pivot)^2)    mean = pivot + s1 / n    m2 = s2 - s1^2 / n
 #
 # The pivot is the mean of the block's first rows, k of its n values, so (mean - pivot)^2 <= m2 / k, and the subtraction
-# costs at most a factor 1 + n / k <= 33 of float64's 1e-16, whatever the data. It is computed as first + mean(x - first),
-# so a constant column has deviations of exactly 0.
+# costs at most a factor 1 + n / k <= 33 of float64's 1e-16, whatever the data. It is computed as first + mean(x -
+# first), so a constant column has deviations of exactly 0.
 # ---------------------------------------------------------------------------------------------------------------------
 
 cdef inline void sums_strip(
@@ -216,30 +210,57 @@ cdef inline void sums_group(
             prefetch(x + r * stride + j)
         sums_strip(x + j, stride, n_rows, STRIP, pivot + j, s1 + j, s2 + j)
         j += STRIP
-    sums_strip(x + j, stride, n_rows, width - j, pivot + j, s1 + j, s2 + j)
+    if (width - j) & 8:
+        sums_strip(x + j, stride, n_rows, 8, pivot + j, s1 + j, s2 + j)
+        j += 8
+    if (width - j) & 4:
+        sums_strip(x + j, stride, n_rows, 4, pivot + j, s1 + j, s2 + j)
+        j += 4
+    while j < width:
+        sums_strip(x + j, stride, n_rows, 1, pivot + j, s1 + j, s2 + j)
+        j += 1
 
 
-cdef inline void sums_rows(
+cdef inline void sums_rows_as(
     const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width,
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
-    cdef Py_ssize_t i
-    for i in range(n_rows // ROWS):
-        sums_group(x + i * ROWS * stride, stride, ROWS, width, pivot, s1, s2)
-    for i in range(n_rows - n_rows % ROWS, n_rows):
-        sums_group(x + i * stride, stride, 1, width, pivot, s1, s2)
+    cdef Py_ssize_t _i
+    for _i in range(n_rows // ROWS):
+        sums_group(x, stride, ROWS, width, pivot, s1, s2)
+        x += ROWS * stride
+    # The rest in literal sizes, which the compiler unrolls.
+    if n_rows & 4:
+        sums_group(x, stride, 4, width, pivot, s1, s2)
+        x += 4 * stride
+    if n_rows & 2:
+        sums_group(x, stride, 2, width, pivot, s1, s2)
+        x += 2 * stride
+    if n_rows & 1:
+        sums_group(x, stride, 1, width, pivot, s1, s2)
 
 
-cdef inline void sums_run(
+cdef void sums_rows(
+    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width,
+    const double* pivot, double* s1, double* s2,
+) noexcept nogil:
+    sums_rows_as(x, stride, n_rows, width, pivot, s1, s2)
+
+
+cdef void sums_run(
     const floating* x, Py_ssize_t length, Py_ssize_t width, const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     cdef Py_ssize_t n_rows = length // width
-    sums_rows(x, width, n_rows, width, pivot, s1, s2)
-    sums_strip(x + n_rows * width, width, 1, length - n_rows * width, pivot, s1, s2)
+    if width == LANES:  # a literal: 196 elements a run take half the time
+        sums_rows_as(x, LANES, n_rows, LANES, pivot, s1, s2)
+    else:
+        sums_rows(x, width, n_rows, width, pivot, s1, s2)
+    if n_rows * width < length:
+        sums_rows(x + n_rows * width, width, 1, length - n_rows * width, pivot, s1, s2)
 
 
-cdef inline void sums_block(
+cdef void sums_block(
     const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t length, Py_ssize_t channels,
     const Plan* plan, floating* buffer, const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
@@ -356,16 +377,27 @@ cdef void normalize_channels(
 ) noexcept nogil:
     """The mean in two floats: what the data's dtype holds is the center, the rest goes into the offset."""
     cdef Py_ssize_t c, channels = plan.channels
-    cdef double scale, invstd
+    cdef double* var = stats + channels
+    cdef double* invstd = stats + 2 * channels
+    cdef floating* center = coefs
+    cdef floating* scale = coefs + channels
+    cdef floating* offset = coefs + 2 * channels
     for c in range(c0, c1):
         stats[c] = mean[c]
-        stats[channels + c] = m2[c] / n
-        invstd = 1 / sqrt(m2[c] / n + eps)
-        stats[2 * channels + c] = invstd
-        scale = invstd * (gamma[c] if gamma != NULL else 1)
-        coefs[c] = <floating>mean[c]
-        coefs[channels + c] = <floating>scale
-        coefs[2 * channels + c] = <floating>((beta[c] if beta != NULL else 0) - (mean[c] - coefs[c]) * scale)
+        var[c] = m2[c] / n
+        invstd[c] = 1 / sqrt(var[c] + eps)
+        center[c] = <floating>mean[c]
+    if gamma != NULL:
+        for c in range(c0, c1):
+            scale[c] = <floating>(invstd[c] * gamma[c])
+            offset[c] = <floating>(-(mean[c] - center[c]) * (invstd[c] * gamma[c]))
+    else:
+        for c in range(c0, c1):
+            scale[c] = <floating>invstd[c]
+            offset[c] = <floating>(-(mean[c] - center[c]) * invstd[c])
+    if beta != NULL:
+        for c in range(c0, c1):
+            offset[c] += beta[c]
 
 
 cdef void gradient_channels(
@@ -375,8 +407,8 @@ cdef void gradient_channels(
     floating* linear,          # OUT  (4, channels): factor, slope, shift, rest
     floating* grads,           # OUT  (2, channels): grad_gamma, grad_beta
 ) noexcept nogil:
-    """The shift, mean(dy) less what center lacks of the mean, in two floats; the factor stays outside, so that the slope
-    is about 1 / std and neither under- nor overflows."""
+    """The shift, mean(dy) less what center lacks of the mean, in two floats; the factor stays outside, so that the
+    slope is about 1 / std and neither under- nor overflows."""
     cdef Py_ssize_t i, channels = plan.channels
     cdef double n = <double>plan.outer * plan.inner, slope = 0, shift = 0, invstd
     for i in range(c0, c1):
@@ -424,13 +456,14 @@ cdef inline void affine_strip(
         y[j] = strip[j]
 
 
-cdef inline void affine_rows(
+cdef inline void affine_rows_as(
     const floating* x, Py_ssize_t length, Py_ssize_t width, const floating* coefs, bint relu, floating* y,
 ) noexcept nogil:
     cdef Py_ssize_t row, i, j, n
     if width == STRIP:  # one channel's lanes: the coefficients stay in registers
         n = length // STRIP * STRIP
         for row in range(length // STRIP):
+            prefetch(x + row * STRIP + AHEAD)
             affine_strip(x + row * STRIP, STRIP, coefs, relu, y + row * STRIP)
         affine_strip(x + n, length - n, coefs, relu, y + n)
         return
@@ -439,9 +472,20 @@ cdef inline void affine_rows(
         n = min(width, length - i)
         j = 0
         while j + STRIP <= n:
+            prefetch(x + i + j + AHEAD)
             affine_strip(x + i + j, STRIP, coefs + j, relu, y + i + j)
             j += STRIP
         affine_strip(x + i + j, n - j, coefs + j, relu, y + i + j)
+
+
+cdef void affine_rows(
+    const floating* x, Py_ssize_t length, Py_ssize_t width, const floating* coefs, bint relu, floating* y,
+) noexcept nogil:
+    # A literal in each branch: a flag tested inside the strip would keep it from being vectorised.
+    if relu:
+        affine_rows_as(x, length, width, coefs, True, y)
+    else:
+        affine_rows_as(x, length, width, coefs, False, y)
 
 
 cdef inline void affine_run(
@@ -456,10 +500,7 @@ cdef inline void affine_run(
     for piece in range(ceil_div(length, step)):
         i = piece * step
         n = min(step, length - i)
-        if relu:  # a literal in each branch: a flag tested inside the strip would keep it from being vectorised
-            affine_rows(x + i, n, width, coefs, True, buffer)
-        else:
-            affine_rows(x + i, n, width, coefs, False, buffer)
+        affine_rows(x + i, n, width, coefs, relu, buffer)
         if stream:
             stream_copy(y + i, buffer, n * sizeof(floating))
 
@@ -543,38 +584,65 @@ cdef inline void grad_sums_group(
         for r in range(n_rows, 2 * n_rows):
             prefetch(dy + r * dy_stride + j)
             prefetch(x + r * x_stride + j)
-        # A literal in each branch: a flag tested inside the strip would keep it from being vectorised.
-        if relu:
-            grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, STRIP, mean + j, coefs + j, True, s1 + j, s2 + j)
-        else:
-            grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, STRIP, mean + j, coefs + j, False, s1 + j, s2 + j)
+        grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, STRIP, mean + j, coefs + j, relu, s1 + j, s2 + j)
         j += STRIP
-    grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, width - j, mean + j, coefs + j, relu, s1 + j, s2 + j)
+    if (width - j) & 8:
+        grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, 8, mean + j, coefs + j, relu, s1 + j, s2 + j)
+        j += 8
+    if (width - j) & 4:
+        grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, 4, mean + j, coefs + j, relu, s1 + j, s2 + j)
+        j += 4
+    while j < width:
+        grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, 1, mean + j, coefs + j, relu, s1 + j, s2 + j)
+        j += 1
 
 
-cdef inline void grad_sums_rows(
+cdef inline void grad_sums_rows_as(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
     Py_ssize_t n_rows, Py_ssize_t width, const double* mean, const floating* coefs, bint relu,
     double* s1, double* s2,
 ) noexcept nogil:
-    cdef Py_ssize_t i, r
-    for i in range(n_rows // ROWS):
-        r = i * ROWS
-        grad_sums_group(dy + r * dy_stride, dy_stride, x + r * x_stride, x_stride, ROWS, width,
-                        mean, coefs, relu, s1, s2)
-    for r in range(n_rows - n_rows % ROWS, n_rows):
-        grad_sums_group(dy + r * dy_stride, dy_stride, x + r * x_stride, x_stride, 1, width,
-                        mean, coefs, relu, s1, s2)
+    cdef Py_ssize_t _i
+    for _i in range(n_rows // ROWS):
+        grad_sums_group(dy, dy_stride, x, x_stride, ROWS, width, mean, coefs, relu, s1, s2)
+        dy += ROWS * dy_stride
+        x += ROWS * x_stride
+    if n_rows & 4:
+        grad_sums_group(dy, dy_stride, x, x_stride, 4, width, mean, coefs, relu, s1, s2)
+        dy += 4 * dy_stride
+        x += 4 * x_stride
+    if n_rows & 2:
+        grad_sums_group(dy, dy_stride, x, x_stride, 2, width, mean, coefs, relu, s1, s2)
+        dy += 2 * dy_stride
+        x += 2 * x_stride
+    if n_rows & 1:
+        grad_sums_group(dy, dy_stride, x, x_stride, 1, width, mean, coefs, relu, s1, s2)
 
 
-cdef inline void grad_sums_run(
+cdef void grad_sums_rows(
+    const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
+    Py_ssize_t n_rows, Py_ssize_t width, const double* mean, const floating* coefs, bint relu,
+    double* s1, double* s2,
+) noexcept nogil:
+    # A literal in each branch: a flag tested inside the strip would keep it from being vectorised.
+    if relu:
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, mean, coefs, True, s1, s2)
+    else:
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, mean, coefs, False, s1, s2)
+
+
+cdef void grad_sums_run(
     const floating* dy, const floating* x, Py_ssize_t length, Py_ssize_t width,
     const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
 ) noexcept nogil:
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     cdef Py_ssize_t n_rows = length // width, done = n_rows * width
-    grad_sums_rows(dy, width, x, width, n_rows, width, mean, coefs, relu, s1, s2)
-    grad_sums_strip(dy + done, width, x + done, width, 1, length - done, mean, coefs, relu, s1, s2)
+    if width == LANES and not relu:
+        grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, mean, coefs, False, s1, s2)
+    else:
+        grad_sums_rows(dy, width, x, width, n_rows, width, mean, coefs, relu, s1, s2)
+    if done < length:
+        grad_sums_rows(dy + done, width, x + done, width, 1, length - done, mean, coefs, relu, s1, s2)
 
 
 cdef void grad_moments_task(
@@ -667,7 +735,7 @@ cdef inline void grad_affine_strip(
         grad_x[j] = strip[j]
 
 
-cdef inline void grad_affine_rows(
+cdef inline void grad_affine_rows_as(
     const floating* dy, const floating* x, Py_ssize_t length, Py_ssize_t width,
     const floating* coefs, bint relu, floating* grad_x,
 ) noexcept nogil:
@@ -676,6 +744,8 @@ cdef inline void grad_affine_rows(
         n = length // STRIP * STRIP
         for row in range(length // STRIP):
             i = row * STRIP
+            prefetch(dy + i + AHEAD)
+            prefetch(x + i + AHEAD)
             grad_affine_strip(dy + i, x + i, STRIP, coefs, relu, grad_x + i)
         grad_affine_strip(dy + n, x + n, length - n, coefs, relu, grad_x + n)
         return
@@ -684,9 +754,21 @@ cdef inline void grad_affine_rows(
         n = min(width, length - i)
         j = 0
         while j + STRIP <= n:
+            prefetch(dy + i + j + AHEAD)
+            prefetch(x + i + j + AHEAD)
             grad_affine_strip(dy + i + j, x + i + j, STRIP, coefs + j, relu, grad_x + i + j)
             j += STRIP
         grad_affine_strip(dy + i + j, x + i + j, n - j, coefs + j, relu, grad_x + i + j)
+
+
+cdef void grad_affine_rows(
+    const floating* dy, const floating* x, Py_ssize_t length, Py_ssize_t width,
+    const floating* coefs, bint relu, floating* grad_x,
+) noexcept nogil:
+    if relu:
+        grad_affine_rows_as(dy, x, length, width, coefs, True, grad_x)
+    else:
+        grad_affine_rows_as(dy, x, length, width, coefs, False, grad_x)
 
 
 cdef inline void grad_affine_run(
@@ -701,10 +783,7 @@ cdef inline void grad_affine_run(
     for piece in range(ceil_div(length, step)):
         i = piece * step
         n = min(step, length - i)
-        if relu:
-            grad_affine_rows(dy + i, x + i, n, width, coefs, True, buffer)
-        else:
-            grad_affine_rows(dy + i, x + i, n, width, coefs, False, buffer)
+        grad_affine_rows(dy + i, x + i, n, width, coefs, relu, buffer)
         if stream:
             stream_copy(grad_x + i, buffer, n * sizeof(floating))
 
@@ -842,462 +921,3 @@ cdef void batch_norm_backward_worker(
                       sum_dy, sum_dy_xmu, stats, coefs, training, linear, grads)
     team_barrier()
     grad_affine_worker(dy, dy_stride, x, x_stride, plan, coefs, linear, relu, stream, grad_x, grad_x_stride)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Launchers: scratch memory and the team of threads around a worker.
-# ---------------------------------------------------------------------------------------------------------------------
-
-cdef double* scratch(const Plan* plan, Py_ssize_t rows_per_chunk) except NULL:
-    cdef Py_ssize_t n = plan.n_chunks * plan.channels * rows_per_chunk
-    cdef double* memory = <double*>malloc(max(1, n) * sizeof(double))
-    if memory == NULL:
-        raise MemoryError(f"no memory for the {n} partial results")
-    return memory
-
-
-cdef inline bint streams(const Plan* plan, Py_ssize_t itemsize, bint in_place) noexcept nogil:
-    """Whether the output is to bypass the caches: too large to stay there, and not the input (whose lines are there)."""
-    return not in_place and plan.outer * plan.channels * plan.inner * itemsize >= STREAM_BYTES
-
-
-cdef int launch_moments(const floating* x, Py_ssize_t stride, Plan plan, double* mean, double* m2, int num_threads) except -1:
-    cdef double* memory = scratch(&plan, 2)
-    cdef double* partial_m2 = memory + plan.n_chunks * plan.channels
-    cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
-    with nogil, parallel(num_threads=team):
-        moments_worker(x, stride, &plan, memory, partial_m2)
-    team_give(team)
-    memcpy(mean, memory, plan.channels * sizeof(double))
-    memcpy(m2, partial_m2, plan.channels * sizeof(double))
-    free(memory)
-    return 0
-
-
-cdef int launch_affine(
-    const floating* x, Py_ssize_t stride, Plan plan, const floating* coefs, bint relu,
-    floating* y, Py_ssize_t y_stride, int num_threads,
-) except -1:
-    cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
-    cdef bint stream = streams(&plan, sizeof(floating), x == y)
-    with nogil, parallel(num_threads=team):
-        affine_worker(x, stride, &plan, coefs, relu, stream, y, y_stride)
-    team_give(team)
-    return 0
-
-
-cdef int launch_batch_norm(
-    const floating* x, Py_ssize_t stride, Plan plan, const floating* gamma, const floating* beta, double eps,
-    bint relu, double* stats, floating* coefs, floating* y, Py_ssize_t y_stride, int num_threads,
-) except -1:
-    cdef double* mean = scratch(&plan, 2)
-    cdef double* m2 = mean + plan.n_chunks * plan.channels
-    cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
-    cdef bint stream = streams(&plan, sizeof(floating), x == y)
-    with nogil, parallel(num_threads=team):
-        batch_norm_worker(x, stride, &plan, gamma, beta, eps, relu, stream, mean, m2, stats, coefs, y, y_stride)
-    team_give(team)
-    free(mean)
-    return 0
-
-
-cdef int launch_inference(
-    const floating* x, Py_ssize_t stride, Plan plan, const double* mean, const double* var,
-    const floating* gamma, const floating* beta, double eps, bint relu, double* stats, floating* coefs,
-    floating* y, Py_ssize_t y_stride, int num_threads,
-) except -1:
-    cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
-    cdef bint stream = streams(&plan, sizeof(floating), x == y)
-    with nogil, parallel(num_threads=team):
-        inference_worker(x, stride, &plan, mean, var, gamma, beta, eps, relu, stream, stats, coefs, y, y_stride)
-    team_give(team)
-    return 0
-
-
-cdef int launch_grad_moments(
-    const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, Plan plan,
-    const double* mean, const floating* coefs, bint relu, double* sum_dy, double* sum_dy_xmu, int num_threads,
-) except -1:
-    cdef double* memory = scratch(&plan, 2)
-    cdef double* partial_xmu = memory + plan.n_chunks * plan.channels
-    cdef int team = team_take(team_wanted(&plan, 2 * sizeof(floating), num_threads))
-    with nogil, parallel(num_threads=team):
-        grad_moments_worker(dy, dy_stride, x, x_stride, &plan, mean, coefs, relu, memory, partial_xmu)
-    team_give(team)
-    memcpy(sum_dy, memory, plan.channels * sizeof(double))
-    memcpy(sum_dy_xmu, partial_xmu, plan.channels * sizeof(double))
-    free(memory)
-    return 0
-
-
-cdef int launch_grad_affine(
-    const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, Plan plan,
-    const floating* coefs, const floating* linear, bint relu,
-    floating* grad_x, Py_ssize_t grad_x_stride, int num_threads,
-) except -1:
-    cdef int team = team_take(team_wanted(&plan, 2 * sizeof(floating), num_threads))
-    cdef bint stream = streams(&plan, sizeof(floating), dy == grad_x)
-    with nogil, parallel(num_threads=team):
-        grad_affine_worker(dy, dy_stride, x, x_stride, &plan, coefs, linear, relu, stream, grad_x, grad_x_stride)
-    team_give(team)
-    return 0
-
-
-cdef int launch_batch_norm_backward(
-    const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, Plan plan,
-    const double* stats, const floating* coefs, bint relu, bint training,
-    floating* grads, floating* grad_x, Py_ssize_t grad_x_stride, int num_threads,
-) except -1:
-    cdef double* sum_dy = scratch(&plan, 6)
-    cdef double* sum_dy_xmu = sum_dy + plan.n_chunks * plan.channels
-    cdef floating* linear = <floating*>(sum_dy_xmu + plan.n_chunks * plan.channels)
-    cdef int team = team_take(team_wanted(&plan, 2 * sizeof(floating), num_threads))
-    cdef bint stream = streams(&plan, sizeof(floating), dy == grad_x)
-    with nogil, parallel(num_threads=team):
-        batch_norm_backward_worker(dy, dy_stride, x, x_stride, &plan, stats, coefs, relu, training, stream,
-                                   sum_dy, sum_dy_xmu, linear, grads, grad_x, grad_x_stride)
-    team_give(team)
-    free(sum_dy)
-    return 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What Python calls: the contract of kernels/__init__.py. The arrays were checked by _layout.py.
-# ---------------------------------------------------------------------------------------------------------------------
-
-OPENMP = bool(fastbn_has_openmp)
-
-
-def cpu_level():
-    """The widest instruction set that this processor offers: 0 baseline, 1 AVX2 + FMA, 2 AVX-512."""
-    return fastbn_cpu_level()
-
-
-cdef inline Plan plan_of(cnp.ndarray x) noexcept:
-    return make_plan(cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2))
-
-
-cdef inline Py_ssize_t stride_of(cnp.ndarray x) noexcept:
-    return cnp.PyArray_STRIDE(x, 0) // cnp.PyArray_ITEMSIZE(x)
-
-
-cdef inline void* data_of(array) noexcept:
-    return NULL if array is None else cnp.PyArray_DATA(<cnp.ndarray>array)
-
-
-cdef inline bint is_float(cnp.ndarray x) noexcept:
-    return cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32
-
-
-def moments(
-    cnp.ndarray x not None,      # IN   (outer, channels, inner)
-    cnp.ndarray mean not None,   # OUT  (channels,) float64
-    cnp.ndarray m2 not None,     # OUT  (channels,) float64
-    int num_threads,
-):
-    if is_float(x):
-        launch_moments[float](<float*>data_of(x), stride_of(x), plan_of(x),
-                              <double*>data_of(mean), <double*>data_of(m2), num_threads)
-    else:
-        launch_moments[double](<double*>data_of(x), stride_of(x), plan_of(x),
-                               <double*>data_of(mean), <double*>data_of(m2), num_threads)
-
-
-def affine(
-    cnp.ndarray x not None,      # IN   (outer, channels, inner)
-    cnp.ndarray coefs not None,  # IN   (3, channels): center, scale, offset
-    bint relu,
-    cnp.ndarray out not None,    # OUT  (outer, channels, inner)
-    int num_threads,
-):
-    if is_float(x):
-        launch_affine[float](<float*>data_of(x), stride_of(x), plan_of(x), <float*>data_of(coefs), relu,
-                             <float*>data_of(out), stride_of(out), num_threads)
-    else:
-        launch_affine[double](<double*>data_of(x), stride_of(x), plan_of(x), <double*>data_of(coefs), relu,
-                              <double*>data_of(out), stride_of(out), num_threads)
-
-
-def batch_norm(
-    cnp.ndarray x not None,      # IN   (outer, channels, inner)
-    gamma,                       # IN   (channels,) or None
-    beta,                        # IN   (channels,) or None
-    double eps,
-    bint relu,
-    cnp.ndarray out not None,    # OUT  (outer, channels, inner)
-    cnp.ndarray stats not None,  # OUT  (3, channels) float64: mean, var, invstd
-    cnp.ndarray coefs not None,  # OUT  (3, channels): center, scale, offset
-    int num_threads,
-):
-    if is_float(x):
-        launch_batch_norm[float](<float*>data_of(x), stride_of(x), plan_of(x),
-                                 <float*>data_of(gamma), <float*>data_of(beta), eps, relu,
-                                 <double*>data_of(stats), <float*>data_of(coefs),
-                                 <float*>data_of(out), stride_of(out), num_threads)
-    else:
-        launch_batch_norm[double](<double*>data_of(x), stride_of(x), plan_of(x),
-                                  <double*>data_of(gamma), <double*>data_of(beta), eps, relu,
-                                  <double*>data_of(stats), <double*>data_of(coefs),
-                                  <double*>data_of(out), stride_of(out), num_threads)
-
-
-def batch_norm_inference(
-    cnp.ndarray x not None,      # IN   (outer, channels, inner)
-    cnp.ndarray mean not None,   # IN   (channels,) float64
-    cnp.ndarray var not None,    # IN   (channels,) float64
-    gamma,                       # IN   (channels,) or None
-    beta,                        # IN   (channels,) or None
-    double eps,
-    bint relu,
-    cnp.ndarray out not None,    # OUT  (outer, channels, inner)
-    cnp.ndarray stats not None,  # OUT  (3, channels) float64: mean, var, invstd
-    cnp.ndarray coefs not None,  # OUT  (3, channels): center, scale, offset
-    int num_threads,
-):
-    if is_float(x):
-        launch_inference[float](<float*>data_of(x), stride_of(x), plan_of(x),
-                                <double*>data_of(mean), <double*>data_of(var),
-                                <float*>data_of(gamma), <float*>data_of(beta), eps, relu,
-                                <double*>data_of(stats), <float*>data_of(coefs),
-                                <float*>data_of(out), stride_of(out), num_threads)
-    else:
-        launch_inference[double](<double*>data_of(x), stride_of(x), plan_of(x),
-                                 <double*>data_of(mean), <double*>data_of(var),
-                                 <double*>data_of(gamma), <double*>data_of(beta), eps, relu,
-                                 <double*>data_of(stats), <double*>data_of(coefs),
-                                 <double*>data_of(out), stride_of(out), num_threads)
-
-
-def grad_moments(
-    cnp.ndarray grad_y not None, # IN   (outer, channels, inner)
-    cnp.ndarray x not None,      # IN   (outer, channels, inner)
-    cnp.ndarray mean not None,   # IN   (channels,) float64
-    cnp.ndarray coefs not None,  # IN   (3, channels): center, scale, offset
-    bint relu,
-    cnp.ndarray sum_dy not None,      # OUT  (channels,) float64
-    cnp.ndarray sum_dy_xmu not None,  # OUT  (channels,) float64
-    int num_threads,
-):
-    if is_float(x):
-        launch_grad_moments[float](<float*>data_of(grad_y), stride_of(grad_y), <float*>data_of(x), stride_of(x),
-                                   plan_of(x), <double*>data_of(mean), <float*>data_of(coefs), relu,
-                                   <double*>data_of(sum_dy), <double*>data_of(sum_dy_xmu), num_threads)
-    else:
-        launch_grad_moments[double](<double*>data_of(grad_y), stride_of(grad_y), <double*>data_of(x), stride_of(x),
-                                    plan_of(x), <double*>data_of(mean), <double*>data_of(coefs), relu,
-                                    <double*>data_of(sum_dy), <double*>data_of(sum_dy_xmu), num_threads)
-
-
-def grad_affine(
-    cnp.ndarray grad_y not None, # IN   (outer, channels, inner)
-    cnp.ndarray x not None,      # IN   (outer, channels, inner)
-    cnp.ndarray coefs not None,  # IN   (3, channels): center, scale, offset
-    cnp.ndarray linear not None, # IN   (4, channels): factor, slope, shift, rest
-    bint relu,
-    cnp.ndarray out not None,    # OUT  (outer, channels, inner)
-    int num_threads,
-):
-    if is_float(x):
-        launch_grad_affine[float](<float*>data_of(grad_y), stride_of(grad_y), <float*>data_of(x), stride_of(x),
-                                  plan_of(x), <float*>data_of(coefs), <float*>data_of(linear), relu,
-                                  <float*>data_of(out), stride_of(out), num_threads)
-    else:
-        launch_grad_affine[double](<double*>data_of(grad_y), stride_of(grad_y), <double*>data_of(x), stride_of(x),
-                                   plan_of(x), <double*>data_of(coefs), <double*>data_of(linear), relu,
-                                   <double*>data_of(out), stride_of(out), num_threads)
-
-
-def batch_norm_backward(
-    cnp.ndarray grad_y not None, # IN   (outer, channels, inner)
-    cnp.ndarray x not None,      # IN   (outer, channels, inner)
-    cnp.ndarray stats not None,  # IN   (3, channels) float64: mean, var, invstd
-    cnp.ndarray coefs not None,  # IN   (3, channels): center, scale, offset
-    bint relu,
-    bint training,               # IN   False: the statistics were constants
-    cnp.ndarray out not None,    # OUT  (outer, channels, inner): grad_x
-    cnp.ndarray grads not None,  # OUT  (2, channels): grad_gamma, grad_beta
-    int num_threads,
-):
-    if is_float(x):
-        launch_batch_norm_backward[float](
-            <float*>data_of(grad_y), stride_of(grad_y), <float*>data_of(x), stride_of(x), plan_of(x),
-            <double*>data_of(stats), <float*>data_of(coefs), relu, training,
-            <float*>data_of(grads), <float*>data_of(out), stride_of(out), num_threads)
-    else:
-        launch_batch_norm_backward[double](
-            <double*>data_of(grad_y), stride_of(grad_y), <double*>data_of(x), stride_of(x), plan_of(x),
-            <double*>data_of(stats), <double*>data_of(coefs), relu, training,
-            <double*>data_of(grads), <double*>data_of(out), stride_of(out), num_threads)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Whole calls, checks and all, for plain arguments: C-contiguous native arrays of one dtype. At 64 x 128 the general way
-# through functional.py and _layout.py costs 27 us, the kernel 6 us. They answer None, with nothing done, to whatever
-# they do not know; the general way takes it, and raises the errors.
-# ---------------------------------------------------------------------------------------------------------------------
-
-cdef inline bint is_plain(x) noexcept:
-    return (cnp.PyArray_CheckExact(x) and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray>x)
-            and (cnp.PyArray_TYPE(<cnp.ndarray>x) == cnp.NPY_FLOAT32
-                 or cnp.PyArray_TYPE(<cnp.ndarray>x) == cnp.NPY_FLOAT64))
-
-
-cdef inline bint is_plain_like(y, cnp.ndarray x) noexcept:
-    return (is_plain(y) and cnp.PyArray_TYPE(<cnp.ndarray>y) == cnp.PyArray_TYPE(x)
-            and cnp.PyArray_SAMESHAPE(<cnp.ndarray>y, x))
-
-
-cdef inline bint is_plain_vector(values, Py_ssize_t channels, int typenum) noexcept:
-    return values is None or (
-        is_plain(values) and cnp.PyArray_TYPE(<cnp.ndarray>values) == typenum
-        and cnp.PyArray_NDIM(<cnp.ndarray>values) == 1 and cnp.PyArray_DIM(<cnp.ndarray>values, 0) == channels)
-
-
-cdef inline bint is_apart(cnp.ndarray a, cnp.ndarray b) noexcept:
-    """Two contiguous arrays share no memory."""
-    cdef char* start_a = <char*>cnp.PyArray_DATA(a)
-    cdef char* start_b = <char*>cnp.PyArray_DATA(b)
-    return start_a + cnp.PyArray_NBYTES(a) <= start_b or start_b + cnp.PyArray_NBYTES(b) <= start_a
-
-
-cdef inline bint is_plain_output(out, cnp.ndarray source) noexcept:
-    """out is None, source itself, or a plain array apart from it."""
-    return out is None or (
-        is_plain_like(out, source) and cnp.PyArray_ISWRITEABLE(<cnp.ndarray>out)
-        and (cnp.PyArray_DATA(<cnp.ndarray>out) == cnp.PyArray_DATA(source) or is_apart(<cnp.ndarray>out, source)))
-
-
-cdef Plan plain_plan(cnp.ndarray x, axis):
-    """The plan, with channels = 0 where x is empty or the axis is not a plain one."""
-    cdef Py_ssize_t outer = 1, inner = 1
-    cdef int i, at, ndim = cnp.PyArray_NDIM(x)
-    cdef Plan plan
-    plan.channels = 0
-    if type(axis) is not int or ndim < 2 or cnp.PyArray_SIZE(x) == 0 or not -ndim <= axis < ndim:
-        return plan
-    at = axis % ndim
-    for i in range(at):
-        outer *= cnp.PyArray_DIM(x, i)
-    for i in range(at + 1, ndim):
-        inner *= cnp.PyArray_DIM(x, i)
-    return make_plan(outer, cnp.PyArray_DIM(x, at), inner)
-
-
-cdef inline cnp.ndarray new_like(cnp.ndarray x):
-    return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
-
-
-cdef inline cnp.ndarray new_rows(Py_ssize_t rows, Py_ssize_t channels, int typenum):
-    cdef cnp.npy_intp[2] shape
-    shape[0], shape[1] = rows, channels
-    return cnp.PyArray_EMPTY(2, shape, typenum, 0)
-
-
-cdef inline bint copy_statistics(values, Py_ssize_t channels, double* target) noexcept:
-    """float32 or float64 values into target; False where they are neither."""
-    cdef Py_ssize_t c
-    if values is None:
-        return False
-    if is_plain_vector(values, channels, cnp.NPY_FLOAT64):
-        memcpy(target, data_of(values), channels * sizeof(double))
-        return True
-    if is_plain_vector(values, channels, cnp.NPY_FLOAT32):
-        for c in range(channels):
-            target[c] = (<float*>data_of(values))[c]
-        return True
-    return False
-
-
-def whole_batch_norm(x, gamma, beta, axis, eps, activation, out, int num_threads):
-    """(y, count, whether in place, stats, coefs), or None."""
-    cdef cnp.ndarray y, stats, coefs
-    cdef Plan plan
-    cdef int typenum
-    if not is_plain(x) or type(eps) is not float or not (activation is None or activation == "relu"):
-        return None
-    plan = plain_plan(x, axis)
-    typenum = cnp.PyArray_TYPE(<cnp.ndarray>x)
-    if not (plan.channels and plan.outer * plan.inner > 1 and 0 <= <double>eps < INFINITY
-            and is_plain_vector(gamma, plan.channels, typenum) and is_plain_vector(beta, plan.channels, typenum)
-            and is_plain_output(out, x)):
-        return None
-    y = new_like(x) if out is None else out
-    stats = new_rows(3, plan.channels, cnp.NPY_FLOAT64)
-    coefs = new_rows(3, plan.channels, typenum)
-    if typenum == cnp.NPY_FLOAT32:
-        launch_batch_norm[float](
-            <float*>data_of(x), plan.channels * plan.inner, plan, <float*>data_of(gamma), <float*>data_of(beta), eps,
-            activation is not None, <double*>data_of(stats), <float*>data_of(coefs),
-            <float*>data_of(y), plan.channels * plan.inner, num_threads)
-    else:
-        launch_batch_norm[double](
-            <double*>data_of(x), plan.channels * plan.inner, plan, <double*>data_of(gamma), <double*>data_of(beta), eps,
-            activation is not None, <double*>data_of(stats), <double*>data_of(coefs),
-            <double*>data_of(y), plan.channels * plan.inner, num_threads)
-    return y, plan.outer * plan.inner, data_of(y) == data_of(x), stats, coefs
-
-
-def whole_batch_norm_inference(x, mean, var, gamma, beta, axis, eps, activation, out, int num_threads):
-    """(y, count, whether in place, stats, coefs), or None."""
-    cdef cnp.ndarray y, stats, coefs
-    cdef Plan plan
-    cdef Py_ssize_t c
-    cdef double* statistics
-    cdef int typenum
-    if not is_plain(x) or type(eps) is not float or not (activation is None or activation == "relu"):
-        return None
-    plan = plain_plan(x, axis)
-    typenum = cnp.PyArray_TYPE(<cnp.ndarray>x)
-    if not (plan.channels and 0 <= <double>eps < INFINITY
-            and is_plain_vector(gamma, plan.channels, typenum) and is_plain_vector(beta, plan.channels, typenum)
-            and is_plain_output(out, x)):
-        return None
-    stats = new_rows(3, plan.channels, cnp.NPY_FLOAT64)
-    statistics = <double*>data_of(stats)
-    if not (copy_statistics(mean, plan.channels, statistics)
-            and copy_statistics(var, plan.channels, statistics + plan.channels)):
-        return None
-    for c in range(plan.channels):
-        if statistics[plan.channels + c] < 0:
-            return None
-    y = new_like(x) if out is None else out
-    coefs = new_rows(3, plan.channels, typenum)
-    if typenum == cnp.NPY_FLOAT32:
-        launch_inference[float](
-            <float*>data_of(x), plan.channels * plan.inner, plan, statistics, statistics + plan.channels,
-            <float*>data_of(gamma), <float*>data_of(beta), eps, activation is not None, statistics,
-            <float*>data_of(coefs), <float*>data_of(y), plan.channels * plan.inner, num_threads)
-    else:
-        launch_inference[double](
-            <double*>data_of(x), plan.channels * plan.inner, plan, statistics, statistics + plan.channels,
-            <double*>data_of(gamma), <double*>data_of(beta), eps, activation is not None, statistics,
-            <double*>data_of(coefs), <double*>data_of(y), plan.channels * plan.inner, num_threads)
-    return y, plan.outer * plan.inner, data_of(y) == data_of(x), stats, coefs
-
-
-def whole_batch_norm_backward(grad_y, x, axis, cnp.ndarray stats, cnp.ndarray coefs, bint relu, bint training, out,
-                              int num_threads):
-    """(grad_x, grads), or None."""
-    cdef cnp.ndarray grad_x, grads
-    cdef Plan plan
-    cdef int typenum
-    if not (is_plain(x) and is_plain_like(grad_y, x) and is_plain_output(out, grad_y)
-            and (out is None or is_apart(out, x))):
-        return None
-    plan = plain_plan(x, axis)
-    if not plan.channels:
-        return None
-    typenum = cnp.PyArray_TYPE(<cnp.ndarray>x)
-    grad_x = new_like(x) if out is None else out
-    grads = new_rows(2, plan.channels, typenum)
-    if typenum == cnp.NPY_FLOAT32:
-        launch_batch_norm_backward[float](
-            <float*>data_of(grad_y), plan.channels * plan.inner, <float*>data_of(x), plan.channels * plan.inner, plan,
-            <double*>data_of(stats), <float*>data_of(coefs), relu, training, <float*>data_of(grads),
-            <float*>data_of(grad_x), plan.channels * plan.inner, num_threads)
-    else:
-        launch_batch_norm_backward[double](
-            <double*>data_of(grad_y), plan.channels * plan.inner, <double*>data_of(x), plan.channels * plan.inner, plan,
-            <double*>data_of(stats), <double*>data_of(coefs), relu, training, <double*>data_of(grads),
-            <double*>data_of(grad_x), plan.channels * plan.inner, num_threads)
-    return grad_x, grads

@@ -5,9 +5,8 @@ Longdouble data (the tests' own) is computed in longdouble. ``num_threads`` is a
 
 import numpy as np
 
-_quiet = np.errstate(all="ignore")  # non-finite data gives non-finite results, without warnings, as in the other backends
-
 BATCH = (0, 2)  # the axes of (outer, channels, inner) that are summed over
+_quiet = np.errstate(all="ignore")  # non-finite data gives non-finite results and no warnings, as in the other backends
 
 
 def _wide(x):

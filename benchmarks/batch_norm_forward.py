@@ -1,0 +1,102 @@
+"""Training forward."""
+
+import tracemalloc
+
+import numpy as np
+
+import fastbn
+
+from .common import ARRAYS, BACKENDS, MEANS, Timed, arrays, need, need_backend, normal, ratio, ulps
+
+
+class Forward(Timed):
+    def prepare(self, backend):
+        self.out = np.full_like(self.x, np.nan)
+        fastbn.batch_norm(self.x[:2], self.gamma, self.beta, backend=backend)
+
+    def time_out(self, backend, array):
+        """Into a given array."""
+        return self.calls(lambda: fastbn.batch_norm(self.x, self.gamma, self.beta, out=self.out, backend=backend))
+
+    def time_fresh(self, backend, array):
+        """As users call it."""
+        return self.calls(lambda: fastbn.batch_norm(self.x, self.gamma, self.beta, backend=backend))
+
+    def time_relu(self, backend, array):
+        """With the ReLU fused."""
+        return self.calls(lambda: fastbn.batch_norm(self.x, self.gamma, self.beta, activation="relu", backend=backend))
+
+
+class Memory:
+    array = "65536x256"
+    params = (BACKENDS,)
+    param_names = ("backend",)
+    timeout = 300
+
+    def setup(self, backend):
+        need_backend(backend)
+        self.x = normal(self.array, mean=3)
+        fastbn.batch_norm(self.x[:2], backend=backend)
+
+    def peakmem_setup_alone(self, backend):
+        """The whole process without the call: what to take off from the next one."""
+
+    def peakmem_fresh(self, backend):
+        fastbn.batch_norm(self.x, backend=backend)
+
+    def track_beside_output(self, backend):
+        """Bytes that Python and NumPy allocate at the peak of a call, beside y."""
+        tracemalloc.start()
+        try:
+            y, _ = fastbn.batch_norm(self.x, backend=backend)
+            return tracemalloc.get_traced_memory()[1] - y.nbytes
+        finally:
+            tracemalloc.stop()
+
+    track_beside_output.unit = "bytes"
+
+
+class Accuracy:
+    """The largest error of y; the standard deviation is 1."""
+
+    params = (BACKENDS, MEANS)
+    param_names = ("backend", "mean")
+    timeout = 300
+
+    def setup(self, backend, mean):
+        need_backend(backend)
+        self.x = (np.random.default_rng(0).standard_normal((20_000, 16)) + mean).astype(np.float32)
+
+    def track_error(self, backend, mean):
+        y, _ = fastbn.batch_norm(self.x, backend=backend)
+        exact = self.x.astype(np.longdouble)
+        exact -= exact.mean(0)
+        exact /= np.sqrt((exact**2).mean(0) + np.longdouble(1e-5))
+        return ulps(y, exact)
+
+    track_error.unit = "ulp"
+
+
+class RatioToTorch:
+    """PyTorch's time over fastbn's, the same thread count, both with an array for the result."""
+
+    params = (BACKENDS, ARRAYS[:3])
+    param_names = ("backend", "array")
+    timeout = 300
+
+    def setup(self, backend, array):
+        self.torch = need("torch")
+        need_backend(backend)
+        self.x, _, self.gamma, self.beta = arrays(array)
+        self.torch.set_num_threads(fastbn.get_num_threads())
+
+    def track_out(self, backend, array):
+        y = np.full_like(self.x, np.nan)
+        x, gamma, beta, *out = map(self.torch.from_numpy, (self.x, self.gamma, self.beta, np.full_like(self.x, np.nan),
+                                                           np.zeros_like(self.gamma), np.zeros_like(self.gamma)))
+        return ratio(
+            lambda: fastbn.batch_norm(self.x, self.gamma, self.beta, out=y, backend=backend),
+            lambda: self.torch.native_batch_norm(x, gamma, beta, None, None, True, 0.1, 1e-5, out=tuple(out)),
+        )
+
+    track_out.unit = "times faster"

@@ -1,0 +1,120 @@
+"""Rounds: in each, every side runs its calls once, in turns that rotate; the figure of a side is its median round."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fastbn.bench.cases import Case
+from fastbn.bench.mixing import PAIRS
+from fastbn.bench.process import Processes, WorkerError
+from fastbn.bench.roofline import bytes_moved
+from fastbn.bench.worker import PEERS
+
+PAUSE = 0.01  # seconds between two sides: the OpenMP threads of the last one stop spinning within a few ms
+REFERENCE_BYTES = 1_000_000  # fastbn's NumPy reference is measured up to here, unless asked for
+
+
+@dataclass
+class Plan:
+    """Who takes part, and for how long."""
+
+    threads: int
+    rounds: int
+    seconds: float  # of calls per side and round
+    backends: tuple[str, ...]
+    peers: tuple[str, ...]
+    reference_limit: float = REFERENCE_BYTES
+
+    @property
+    def ours(self) -> tuple[str, ...]:
+        return tuple(f"fastbn-{name}" for name in self.backends)
+
+    def sides(self, case: Case) -> tuple[str, ...]:
+        """Labels of the sides that a case is measured for; some may not offer the operation."""
+        ours = tuple(
+            label for label in self.ours if label != "fastbn-numpy" or case.nbytes <= self.reference_limit
+        )
+        if case.op == "mixing":
+            known = [label for label in (*ours, *self.peers) if any(label in pair for pair in PAIRS)]
+            return *known, *("+".join(pair) for pair in PAIRS if set(pair) <= set(known))
+        return *ours, "roofline", *self.peers
+
+
+@dataclass
+class Result:
+    """Seconds per call of each side on one case, one number a round."""
+
+    case: Case
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The median of each side."""
+        return {label: statistics.median(samples) for label, samples in self.samples.items() if samples}
+
+    @property
+    def best(self) -> str | None:
+        """The label of fastbn's first backend, which is what ``backend="auto"`` takes."""
+        return next((label for label in self.samples if label.startswith("fastbn-") and "+" not in label), None)
+
+    def ratio(self, slow: str, fast: str | None = None) -> float | None:
+        """How many times longer one side takes than another (default: than fastbn)."""
+        seconds, fast = self.seconds, fast or self.best
+        return seconds[slow] / seconds[fast] if slow in seconds and fast in seconds else None
+
+    def gbps(self, label: str) -> float:
+        return bytes_moved(self.case) / self.seconds[label] / 1e9
+
+
+def installed_peers() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Labels of the peers that are here, and of those that are missing."""
+    here = {label: importlib.util.find_spec(package) is not None for label, (package, _, _) in PEERS.items()}
+    return tuple(label for label in here if here[label]), tuple(label for label in here if not here[label])
+
+
+def measure(
+    cases: list[Case], plan: Plan, processes: Processes, tick: Callable[[Case, float], None],
+) -> list[Result]:
+    """Measure the cases, those on the same arrays one after the other; results in the order of `cases`.
+
+    `tick` is told of the case at work and of the part of a case that was done since the last time.
+    """
+    order = sorted(range(len(cases)), key=lambda i: (cases[i].nbytes, cases[i].array, i))
+    results: dict[int, Result] = {}
+    for i, following in zip(order, [*order[1:], None], strict=True):
+        results[i] = _measure_one(cases[i], plan, processes, tick)
+        if following is None or cases[following].array != cases[i].array:
+            processes.forget()
+    return [results[i] for i in range(len(cases))]
+
+
+def _measure_one(case: Case, plan: Plan, processes: Processes, tick: Callable[[Case, float], None]) -> Result:
+    result = Result(case)
+    tick(case, 0)
+    calls: dict[str, int] = {}
+    for label in plan.sides(case):
+        try:
+            estimate = processes.prepare(label, case)
+        except WorkerError as error:
+            result.errors[label] = str(error)
+            continue
+        if estimate is not None:
+            calls[label] = max(1, round(plan.seconds / estimate))
+            result.samples[label] = []
+    for turn in range(plan.rounds):
+        labels = list(calls)
+        first = turn % len(labels) if labels else 0
+        for label in labels[first:] + labels[:first]:
+            time.sleep(PAUSE)
+            try:
+                result.samples[label].append(processes.run(label, calls[label], plan.seconds))
+            except WorkerError as error:
+                result.errors[label] = str(error)
+                del calls[label], result.samples[label]
+        tick(case, 1 / plan.rounds)
+    return result

@@ -1,0 +1,119 @@
+"""The options of the command, checked before anything is measured."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import fastbn
+from fastbn._dispatch import BACKENDS, why_unavailable
+from fastbn.bench.cases import OPS, Case, grid, parse
+from fastbn.bench.measure import REFERENCE_BYTES, Plan, installed_peers
+from fastbn.bench.worker import PEERS
+
+T = TypeVar("T")
+ROUNDS, SECONDS = 9, 0.05
+QUICK_ROUNDS, QUICK_SECONDS, QUICK_BYTES = 3, 0.01, 20e6
+
+
+class BadOption(ValueError):
+    """The message names the option and says what is wrong with it."""
+
+
+@dataclass
+class Options:
+    cases: list[Case]
+    plan: Plan
+    missing: tuple[str, ...]
+    json: bool
+    plot: str | None
+    markdown: str | None
+
+
+def checked(given: argparse.Namespace) -> Options:
+    """The options as they were meant; BadOption for the first that makes no sense."""
+    ops = _option("--ops", given.ops, lambda text: _names(text, OPS))
+    arrays = _option("--shapes", given.shapes, _arrays)
+    backends = _option("--backends", given.backends, _backends)
+    here, missing = installed_peers()
+    peers = _option("--peers", given.peers, lambda text: _peers(text, here))
+    plan = Plan(
+        threads=_option("--threads", given.threads, _count) or fastbn.get_num_threads(),
+        rounds=_option("--rounds", given.rounds, _count) or (QUICK_ROUNDS if given.quick else ROUNDS),
+        seconds=QUICK_SECONDS if given.quick else SECONDS,
+        backends=backends or fastbn.available_backends(),
+        peers=here if peers is None else peers,
+        reference_limit=float("inf") if backends and "numpy" in backends else REFERENCE_BYTES,
+    )
+    cases = grid(ops, arrays, QUICK_BYTES if given.quick and not arrays else float("inf"))
+    if not cases:
+        raise BadOption(f"--quick: none of the arrays of {given.ops} is small; give --shapes")
+    _option("--plot", given.plot, _picture)
+    _option("--markdown", given.markdown, _writable)
+    return Options(cases, plan, missing if peers is None else (), given.json, given.plot, given.markdown)
+
+
+def _option(name: str, text: str | None, convert: Callable[[str], T]) -> T | None:
+    try:
+        return None if text is None else convert(text)
+    except ValueError as error:
+        raise BadOption(f"{name}: {error}") from None
+
+
+def _names(text: str, known: Collection[str]) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in known:
+            raise ValueError(f"expected some of {', '.join(known)}, got {name!r}")
+    return names
+
+
+def _arrays(text: str) -> list[str]:
+    return list(dict.fromkeys(parse("forward", array).array for array in text.split(",")))
+
+
+def _backends(text: str) -> tuple[str, ...]:
+    names = _names(text, BACKENDS)
+    for name in names:
+        reason = why_unavailable(name)
+        if reason:
+            raise ValueError(reason)
+    return tuple(name for name in BACKENDS if name in names)
+
+
+def _peers(text: str, here: tuple[str, ...]) -> tuple[str, ...]:
+    if text.strip() == "none":
+        return ()
+    names = _names(text, PEERS)
+    for name in names:
+        if name not in here:
+            raise ValueError(f"{name} is not installed")
+    return tuple(names)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"expected a whole number >= 1, got {text!r}")
+    return int(text)
+
+
+def _writable(text: str) -> str:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"cannot write {text!r}")
+    return text
+
+
+def _picture(text: str) -> str:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("matplotlib is not installed: pip install 'fastbn[bench]'")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if Path(text).suffix.lstrip(".").lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise ValueError(f"expected a file name such as roofline.png, got {text!r}")
+    return _writable(text)

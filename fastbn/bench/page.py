@@ -1,0 +1,108 @@
+"""A whole run, as what the terminal shows, as JSON, and as the page docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fastbn.bench.measure import Plan, Result
+from fastbn.bench.tables import as_markdown, as_text, tables
+from fastbn.bench.targets import verdicts
+
+HOW = """\
+Every implementation runs in its own process, with the same number of threads, on arrays of the same normal random
+numbers about 3. In each round every side runs once, in turns that rotate: one call that does not count, then calls in a
+loop, each result alive until the next one is there. A figure is the median over the rounds, in milliseconds per call.
+Ratios are of medians; above 1, fastbn is faster. `fastbn` stands for its first backend of the table. Sizes and GB are
+decimal.
+
+The roofline is what the operation must move at the least, as bare passes over the same arrays in the same process as
+fastbn: a read is `np.max`, the copy `np.copyto`, the two-input pass `np.add(a, b, out=c)`, each cut among the threads
+(NumPy releases the interpreter in them). For large arrays the copy is the C library's `memcpy`, whose stores bypass the
+cache there. Training forward: read x, copy x to out. Backward: read both inputs, then the two-input pass. Inference:
+the copy. Moments: the read. GB/s counts the bytes of these passes for every side alike. Below 16 MB there is no
+roofline: sharing a pass among threads would take as long as the pass.
+
+As users call it means that outputs are fresh in every call; where a peer has no `out=`, its column has no figure.
+PyTorch: `torch.native_batch_norm` and its backward, which its layers call, and `nn.BatchNorm*d` with `autograd.grad`.
+JAX: two-pass batch normalization under `jax.jit`. NumPy: `x.mean(0), x.var(0)`. scikit-learn:
+`StandardScaler().fit(x)`.
+"""
+
+
+@dataclass
+class Run:
+    """Everything that one `fastbn bench` found."""
+
+    command: str
+    date: str
+    machine: dict[str, str]
+    versions: dict[str, str]
+    missing: tuple[str, ...]
+    plan: Plan
+    results: list[Result]
+
+
+def facts(run: Run) -> dict[str, str]:
+    """The machine and the run, in words."""
+    return {
+        **run.machine,
+        "threads": str(run.plan.threads),
+        "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
+        **({"missing": ", ".join(run.missing) + " (not installed)"} if run.missing else {}),
+        "rounds": f"{run.plan.rounds}, with about {run.plan.seconds * 1e3:g} ms of calls per side each",
+        "date": run.date,
+    }
+
+
+def text(run: Run) -> str:
+    head = "\n".join(f"{name + ':':18} {fact}" for name, fact in facts(run).items())
+    return "\n\n".join([head, *(as_text(table) for table in tables(run.results))])
+
+
+def markdown(run: Run, picture: str | None = None) -> str:
+    """The page; `picture` is the file of the plot, as seen from the page."""
+    parts = [
+        "# Benchmarks",
+        f"Written by `{run.command}`: measured, none of it typed. Do not edit; run it again.",
+        "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {fact} |" for name, fact in facts(run).items())]),
+        *([f"![GB/s against bytes for each implementation]({picture})"] if picture else []),
+        "## How it is measured",
+        HOW.strip(),
+        *(as_markdown(table) for table in tables(run.results)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def as_json(run: Run) -> str:
+    found = {
+        "command": run.command,
+        "date": run.date,
+        "machine": run.machine,
+        "versions": run.versions,
+        "missing": run.missing,
+        "threads": run.plan.threads,
+        "rounds": run.plan.rounds,
+        "results": [_result(result) for result in run.results],
+        "targets": [{**asdict(one), "met": one.met, "aim_met": one.aim_met} for one in verdicts(run.results)],
+    }
+    return json.dumps(found, indent=2)
+
+
+def _result(result: Result) -> dict[str, Any]:
+    case, seconds = result.case, result.seconds
+    return {
+        "op": case.op,
+        "array": case.array,
+        "shape": case.shape,
+        "dtype": case.dtype,
+        "layout": case.layout,
+        "bytes": case.nbytes,
+        "seconds": seconds,
+        "samples": result.samples,
+        "gbps": {label: result.gbps(label) for label in seconds},
+        "ratio_to_fastbn": {label: result.ratio(label) for label in seconds},
+        "ratio_to_roofline": {label: result.ratio(label, "roofline") for label in seconds if "roofline" in seconds},
+        "errors": result.errors,
+    }

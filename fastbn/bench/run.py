@@ -1,0 +1,89 @@
+"""One run of the command, from its options to what it prints and writes."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastbn.bench import machine, page
+from fastbn.bench.cases import Case
+from fastbn.bench.measure import Result, measure
+from fastbn.bench.options import Options
+from fastbn.bench.process import Processes, WorkerError
+
+
+def run(options: Options) -> int:
+    """Measure, print, write; 1 where a side failed, else 0."""
+    with _Progress(options.cases) as progress, Processes(options.plan.threads, _together(options)) as processes:
+        results = measure(options.cases, options.plan, processes, progress.tick)
+        versions = _versions(options, results, processes)
+    found = page.Run(
+        command=shlex.join(["fastbn", *sys.argv[1:]]),
+        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        machine=machine.describe(),
+        versions=versions,
+        missing=options.missing,
+        plan=options.plan,
+        results=results,
+    )
+    print(page.as_json(found) if options.json else page.text(found))
+    if options.plot:
+        from fastbn.bench.plot import draw
+
+        draw(results, options.plot)
+    if options.markdown:
+        Path(options.markdown).write_text(page.markdown(found, _seen_from_page(options)), encoding="utf-8")
+    return 1 if any(result.errors for result in results) else 0
+
+
+def _together(options: Options) -> tuple[str, ...]:
+    """The roofline runs in the process of fastbn's first backend, on the very same arrays."""
+    return (options.plan.ours[0], "roofline")
+
+
+def _versions(options: Options, results: list[Result], processes: Processes) -> dict[str, str]:
+    """Versions of what was measured."""
+    labels = dict.fromkeys(label for result in results for label in result.samples)
+    versions: dict[str, str] = {}
+    for label in labels:
+        try:
+            versions |= processes.versions(label)
+        except WorkerError as error:
+            print(f"fastbn bench: {label}: {error}", file=sys.stderr)
+    return versions
+
+
+def _seen_from_page(options: Options) -> str | None:
+    if not options.plot or not options.markdown:
+        return None
+    return Path(os.path.relpath(options.plot, Path(options.markdown).parent)).as_posix()
+
+
+class _Progress:
+    """A bar on the terminal, where tqdm is installed."""
+
+    def __init__(self, cases: list[Case]) -> None:
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            self.bar: Any = None
+        else:
+            self.bar = tqdm(total=len(cases), unit="case", disable=None, bar_format=(
+                "{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}]"
+            ))
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def tick(self, case: Case, part: float) -> None:
+        if self.bar is not None:
+            self.bar.set_description(f"{case.op} {case.array}", refresh=False)
+            self.bar.update(part)

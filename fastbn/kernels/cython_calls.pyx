@@ -1,0 +1,474 @@
+"""What Python calls of the Cython kernels; included behind cython_kernels.pyx, whose loops it starts."""
+cimport numpy as cnp
+from cython.parallel cimport parallel
+from libc.math cimport INFINITY
+from libc.stdlib cimport free, malloc
+
+cnp.import_array()
+
+cdef extern from "machine.h" nogil:
+    const int fastbn_has_openmp
+    int fastbn_cpu_level()
+    int team_take(int wanted)
+    void team_give(int taken)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launchers: scratch memory and the team of threads around a worker.
+# ---------------------------------------------------------------------------------------------------------------------
+
+cdef double* scratch(const Plan* plan, Py_ssize_t rows_per_chunk) except NULL:
+    cdef Py_ssize_t n = plan.n_chunks * plan.channels * rows_per_chunk
+    cdef double* memory = <double*>malloc(max(1, n) * sizeof(double))
+    if memory == NULL:
+        raise MemoryError(f"no memory for the {n} partial results")
+    return memory
+
+
+cdef inline bint streams(const Plan* plan, Py_ssize_t itemsize, bint in_place) noexcept nogil:
+    """Whether the output is to bypass the caches: too large to stay, and not the input (whose lines are there)."""
+    return not in_place and plan.outer * plan.channels * plan.inner * itemsize >= STREAM_BYTES
+
+
+cdef int launch_moments(
+    const floating* x, Py_ssize_t stride, Plan plan, double* mean, double* m2, int num_threads,
+) except -1:
+    cdef double* memory = scratch(&plan, 2)
+    cdef double* partial_m2 = memory + plan.n_chunks * plan.channels
+    cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
+    with nogil, parallel(num_threads=team):
+        moments_worker(x, stride, &plan, memory, partial_m2)
+    team_give(team)
+    memcpy(mean, memory, plan.channels * sizeof(double))
+    memcpy(m2, partial_m2, plan.channels * sizeof(double))
+    free(memory)
+    return 0
+
+
+cdef int launch_affine(
+    const floating* x, Py_ssize_t stride, Plan plan, const floating* coefs, bint relu,
+    floating* y, Py_ssize_t y_stride, int num_threads,
+) except -1:
+    cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
+    cdef bint stream = streams(&plan, sizeof(floating), x == y)
+    with nogil, parallel(num_threads=team):
+        affine_worker(x, stride, &plan, coefs, relu, stream, y, y_stride)
+    team_give(team)
+    return 0
+
+
+cdef int launch_batch_norm(
+    const floating* x, Py_ssize_t stride, Plan plan, const floating* gamma, const floating* beta, double eps,
+    bint relu, double* stats, floating* coefs, floating* y, Py_ssize_t y_stride, int num_threads,
+) except -1:
+    cdef double* mean = scratch(&plan, 2)
+    cdef double* m2 = mean + plan.n_chunks * plan.channels
+    cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
+    cdef bint stream = streams(&plan, sizeof(floating), x == y)
+    with nogil, parallel(num_threads=team):
+        batch_norm_worker(x, stride, &plan, gamma, beta, eps, relu, stream, mean, m2, stats, coefs, y, y_stride)
+    team_give(team)
+    free(mean)
+    return 0
+
+
+cdef int launch_inference(
+    const floating* x, Py_ssize_t stride, Plan plan, const double* mean, const double* var,
+    const floating* gamma, const floating* beta, double eps, bint relu, double* stats, floating* coefs,
+    floating* y, Py_ssize_t y_stride, int num_threads,
+) except -1:
+    cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
+    cdef bint stream = streams(&plan, sizeof(floating), x == y)
+    with nogil, parallel(num_threads=team):
+        inference_worker(x, stride, &plan, mean, var, gamma, beta, eps, relu, stream, stats, coefs, y, y_stride)
+    team_give(team)
+    return 0
+
+
+cdef int launch_grad_moments(
+    const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, Plan plan,
+    const double* mean, const floating* coefs, bint relu, double* sum_dy, double* sum_dy_xmu, int num_threads,
+) except -1:
+    cdef double* memory = scratch(&plan, 2)
+    cdef double* partial_xmu = memory + plan.n_chunks * plan.channels
+    cdef int team = team_take(team_wanted(&plan, 2 * sizeof(floating), num_threads))
+    with nogil, parallel(num_threads=team):
+        grad_moments_worker(dy, dy_stride, x, x_stride, &plan, mean, coefs, relu, memory, partial_xmu)
+    team_give(team)
+    memcpy(sum_dy, memory, plan.channels * sizeof(double))
+    memcpy(sum_dy_xmu, partial_xmu, plan.channels * sizeof(double))
+    free(memory)
+    return 0
+
+
+cdef int launch_grad_affine(
+    const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, Plan plan,
+    const floating* coefs, const floating* linear, bint relu,
+    floating* grad_x, Py_ssize_t grad_x_stride, int num_threads,
+) except -1:
+    cdef int team = team_take(team_wanted(&plan, 2 * sizeof(floating), num_threads))
+    cdef bint stream = streams(&plan, sizeof(floating), dy == grad_x)
+    with nogil, parallel(num_threads=team):
+        grad_affine_worker(dy, dy_stride, x, x_stride, &plan, coefs, linear, relu, stream, grad_x, grad_x_stride)
+    team_give(team)
+    return 0
+
+
+cdef int launch_batch_norm_backward(
+    const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, Plan plan,
+    const double* stats, const floating* coefs, bint relu, bint training,
+    floating* grads, floating* grad_x, Py_ssize_t grad_x_stride, int num_threads,
+) except -1:
+    cdef double* sum_dy = scratch(&plan, 6)
+    cdef double* sum_dy_xmu = sum_dy + plan.n_chunks * plan.channels
+    cdef floating* linear = <floating*>(sum_dy_xmu + plan.n_chunks * plan.channels)
+    cdef int team = team_take(team_wanted(&plan, 2 * sizeof(floating), num_threads))
+    cdef bint stream = streams(&plan, sizeof(floating), dy == grad_x)
+    with nogil, parallel(num_threads=team):
+        batch_norm_backward_worker(dy, dy_stride, x, x_stride, &plan, stats, coefs, relu, training, stream,
+                                   sum_dy, sum_dy_xmu, linear, grads, grad_x, grad_x_stride)
+    team_give(team)
+    free(sum_dy)
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What Python calls: the contract of kernels/__init__.py. The arrays were checked by _layout.py.
+# ---------------------------------------------------------------------------------------------------------------------
+
+OPENMP = bool(fastbn_has_openmp)
+
+
+def cpu_level():
+    """The widest instruction set that this processor offers: 0 baseline, 1 AVX2 + FMA, 2 AVX-512."""
+    return fastbn_cpu_level()
+
+
+cdef inline Plan plan_of(cnp.ndarray x) noexcept:
+    return make_plan(cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2))
+
+
+cdef inline Py_ssize_t stride_of(cnp.ndarray x) noexcept:
+    return cnp.PyArray_STRIDE(x, 0) // cnp.PyArray_ITEMSIZE(x)
+
+
+cdef inline void* data_of(array) noexcept:
+    return NULL if array is None else cnp.PyArray_DATA(<cnp.ndarray>array)
+
+
+cdef inline bint is_float(cnp.ndarray x) noexcept:
+    return cnp.PyArray_TYPE(x) == cnp.NPY_FLOAT32
+
+
+def moments(
+    cnp.ndarray x not None,      # IN   (outer, channels, inner)
+    cnp.ndarray mean not None,   # OUT  (channels,) float64
+    cnp.ndarray m2 not None,     # OUT  (channels,) float64
+    int num_threads,
+):
+    if is_float(x):
+        launch_moments[float](<float*>data_of(x), stride_of(x), plan_of(x),
+                              <double*>data_of(mean), <double*>data_of(m2), num_threads)
+    else:
+        launch_moments[double](<double*>data_of(x), stride_of(x), plan_of(x),
+                               <double*>data_of(mean), <double*>data_of(m2), num_threads)
+
+
+def affine(
+    cnp.ndarray x not None,      # IN   (outer, channels, inner)
+    cnp.ndarray coefs not None,  # IN   (3, channels): center, scale, offset
+    bint relu,
+    cnp.ndarray out not None,    # OUT  (outer, channels, inner)
+    int num_threads,
+):
+    if is_float(x):
+        launch_affine[float](<float*>data_of(x), stride_of(x), plan_of(x), <float*>data_of(coefs), relu,
+                             <float*>data_of(out), stride_of(out), num_threads)
+    else:
+        launch_affine[double](<double*>data_of(x), stride_of(x), plan_of(x), <double*>data_of(coefs), relu,
+                              <double*>data_of(out), stride_of(out), num_threads)
+
+
+def batch_norm(
+    cnp.ndarray x not None,      # IN   (outer, channels, inner)
+    gamma,                       # IN   (channels,) or None
+    beta,                        # IN   (channels,) or None
+    double eps,
+    bint relu,
+    cnp.ndarray out not None,    # OUT  (outer, channels, inner)
+    cnp.ndarray stats not None,  # OUT  (3, channels) float64: mean, var, invstd
+    cnp.ndarray coefs not None,  # OUT  (3, channels): center, scale, offset
+    int num_threads,
+):
+    if is_float(x):
+        launch_batch_norm[float](<float*>data_of(x), stride_of(x), plan_of(x),
+                                 <float*>data_of(gamma), <float*>data_of(beta), eps, relu,
+                                 <double*>data_of(stats), <float*>data_of(coefs),
+                                 <float*>data_of(out), stride_of(out), num_threads)
+    else:
+        launch_batch_norm[double](<double*>data_of(x), stride_of(x), plan_of(x),
+                                  <double*>data_of(gamma), <double*>data_of(beta), eps, relu,
+                                  <double*>data_of(stats), <double*>data_of(coefs),
+                                  <double*>data_of(out), stride_of(out), num_threads)
+
+
+def batch_norm_inference(
+    cnp.ndarray x not None,      # IN   (outer, channels, inner)
+    cnp.ndarray mean not None,   # IN   (channels,) float64
+    cnp.ndarray var not None,    # IN   (channels,) float64
+    gamma,                       # IN   (channels,) or None
+    beta,                        # IN   (channels,) or None
+    double eps,
+    bint relu,
+    cnp.ndarray out not None,    # OUT  (outer, channels, inner)
+    cnp.ndarray stats not None,  # OUT  (3, channels) float64: mean, var, invstd
+    cnp.ndarray coefs not None,  # OUT  (3, channels): center, scale, offset
+    int num_threads,
+):
+    if is_float(x):
+        launch_inference[float](<float*>data_of(x), stride_of(x), plan_of(x),
+                                <double*>data_of(mean), <double*>data_of(var),
+                                <float*>data_of(gamma), <float*>data_of(beta), eps, relu,
+                                <double*>data_of(stats), <float*>data_of(coefs),
+                                <float*>data_of(out), stride_of(out), num_threads)
+    else:
+        launch_inference[double](<double*>data_of(x), stride_of(x), plan_of(x),
+                                 <double*>data_of(mean), <double*>data_of(var),
+                                 <double*>data_of(gamma), <double*>data_of(beta), eps, relu,
+                                 <double*>data_of(stats), <double*>data_of(coefs),
+                                 <double*>data_of(out), stride_of(out), num_threads)
+
+
+def grad_moments(
+    cnp.ndarray grad_y not None,  # IN   (outer, channels, inner)
+    cnp.ndarray x not None,      # IN   (outer, channels, inner)
+    cnp.ndarray mean not None,   # IN   (channels,) float64
+    cnp.ndarray coefs not None,  # IN   (3, channels): center, scale, offset
+    bint relu,
+    cnp.ndarray sum_dy not None,      # OUT  (channels,) float64
+    cnp.ndarray sum_dy_xmu not None,  # OUT  (channels,) float64
+    int num_threads,
+):
+    if is_float(x):
+        launch_grad_moments[float](<float*>data_of(grad_y), stride_of(grad_y), <float*>data_of(x), stride_of(x),
+                                   plan_of(x), <double*>data_of(mean), <float*>data_of(coefs), relu,
+                                   <double*>data_of(sum_dy), <double*>data_of(sum_dy_xmu), num_threads)
+    else:
+        launch_grad_moments[double](<double*>data_of(grad_y), stride_of(grad_y), <double*>data_of(x), stride_of(x),
+                                    plan_of(x), <double*>data_of(mean), <double*>data_of(coefs), relu,
+                                    <double*>data_of(sum_dy), <double*>data_of(sum_dy_xmu), num_threads)
+
+
+def grad_affine(
+    cnp.ndarray grad_y not None,  # IN   (outer, channels, inner)
+    cnp.ndarray x not None,      # IN   (outer, channels, inner)
+    cnp.ndarray coefs not None,  # IN   (3, channels): center, scale, offset
+    cnp.ndarray linear not None,  # IN   (4, channels): factor, slope, shift, rest
+    bint relu,
+    cnp.ndarray out not None,    # OUT  (outer, channels, inner)
+    int num_threads,
+):
+    if is_float(x):
+        launch_grad_affine[float](<float*>data_of(grad_y), stride_of(grad_y), <float*>data_of(x), stride_of(x),
+                                  plan_of(x), <float*>data_of(coefs), <float*>data_of(linear), relu,
+                                  <float*>data_of(out), stride_of(out), num_threads)
+    else:
+        launch_grad_affine[double](<double*>data_of(grad_y), stride_of(grad_y), <double*>data_of(x), stride_of(x),
+                                   plan_of(x), <double*>data_of(coefs), <double*>data_of(linear), relu,
+                                   <double*>data_of(out), stride_of(out), num_threads)
+
+
+def batch_norm_backward(
+    cnp.ndarray grad_y not None,  # IN   (outer, channels, inner)
+    cnp.ndarray x not None,      # IN   (outer, channels, inner)
+    cnp.ndarray stats not None,  # IN   (3, channels) float64: mean, var, invstd
+    cnp.ndarray coefs not None,  # IN   (3, channels): center, scale, offset
+    bint relu,
+    bint training,               # IN   False: the statistics were constants
+    cnp.ndarray out not None,    # OUT  (outer, channels, inner): grad_x
+    cnp.ndarray grads not None,  # OUT  (2, channels): grad_gamma, grad_beta
+    int num_threads,
+):
+    if is_float(x):
+        launch_batch_norm_backward[float](
+            <float*>data_of(grad_y), stride_of(grad_y), <float*>data_of(x), stride_of(x), plan_of(x),
+            <double*>data_of(stats), <float*>data_of(coefs), relu, training,
+            <float*>data_of(grads), <float*>data_of(out), stride_of(out), num_threads)
+    else:
+        launch_batch_norm_backward[double](
+            <double*>data_of(grad_y), stride_of(grad_y), <double*>data_of(x), stride_of(x), plan_of(x),
+            <double*>data_of(stats), <double*>data_of(coefs), relu, training,
+            <double*>data_of(grads), <double*>data_of(out), stride_of(out), num_threads)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole calls, checks and all, for plain arguments: C-contiguous native arrays of one dtype. At 64 x 128 the general way
+# through functional.py and _layout.py costs 27 us, the kernel 6 us. They answer None, with nothing done, to whatever
+# they do not know; the general way takes it, and raises the errors.
+# ---------------------------------------------------------------------------------------------------------------------
+
+cdef inline bint is_plain(x) noexcept:
+    return (cnp.PyArray_CheckExact(x) and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray>x)
+            and (cnp.PyArray_TYPE(<cnp.ndarray>x) == cnp.NPY_FLOAT32
+                 or cnp.PyArray_TYPE(<cnp.ndarray>x) == cnp.NPY_FLOAT64))
+
+
+cdef inline bint is_plain_like(y, cnp.ndarray x) noexcept:
+    return (is_plain(y) and cnp.PyArray_TYPE(<cnp.ndarray>y) == cnp.PyArray_TYPE(x)
+            and cnp.PyArray_SAMESHAPE(<cnp.ndarray>y, x))
+
+
+cdef inline bint is_plain_vector(values, Py_ssize_t channels, int typenum) noexcept:
+    return values is None or (
+        is_plain(values) and cnp.PyArray_TYPE(<cnp.ndarray>values) == typenum
+        and cnp.PyArray_NDIM(<cnp.ndarray>values) == 1 and cnp.PyArray_DIM(<cnp.ndarray>values, 0) == channels)
+
+
+cdef inline bint is_apart(cnp.ndarray a, cnp.ndarray b) noexcept:
+    """Two contiguous arrays share no memory."""
+    cdef char* start_a = <char*>cnp.PyArray_DATA(a)
+    cdef char* start_b = <char*>cnp.PyArray_DATA(b)
+    return start_a + cnp.PyArray_NBYTES(a) <= start_b or start_b + cnp.PyArray_NBYTES(b) <= start_a
+
+
+cdef inline bint is_plain_output(out, cnp.ndarray source) noexcept:
+    """out is None, source itself, or a plain array apart from it."""
+    return out is None or (
+        is_plain_like(out, source) and cnp.PyArray_ISWRITEABLE(<cnp.ndarray>out)
+        and (cnp.PyArray_DATA(<cnp.ndarray>out) == cnp.PyArray_DATA(source) or is_apart(<cnp.ndarray>out, source)))
+
+
+cdef Plan plain_plan(cnp.ndarray x, axis):
+    """The plan, with channels = 0 where x is empty or the axis is not a plain one."""
+    cdef Py_ssize_t outer = 1, inner = 1
+    cdef int i, at, ndim = cnp.PyArray_NDIM(x)
+    cdef Plan plan
+    plan.channels = 0
+    if type(axis) is not int or ndim < 2 or cnp.PyArray_SIZE(x) == 0 or not -ndim <= axis < ndim:
+        return plan
+    at = axis % ndim
+    for i in range(at):
+        outer *= cnp.PyArray_DIM(x, i)
+    for i in range(at + 1, ndim):
+        inner *= cnp.PyArray_DIM(x, i)
+    return make_plan(outer, cnp.PyArray_DIM(x, at), inner)
+
+
+cdef inline cnp.ndarray new_like(cnp.ndarray x):
+    return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
+
+
+cdef inline cnp.ndarray new_rows(Py_ssize_t rows, Py_ssize_t channels, int typenum):
+    cdef cnp.npy_intp[2] shape
+    shape[0], shape[1] = rows, channels
+    return cnp.PyArray_EMPTY(2, shape, typenum, 0)
+
+
+cdef inline bint copy_statistics(values, Py_ssize_t channels, double* target) noexcept:
+    """float32 or float64 values into target; False where they are neither."""
+    cdef Py_ssize_t c
+    if values is None:
+        return False
+    if is_plain_vector(values, channels, cnp.NPY_FLOAT64):
+        memcpy(target, data_of(values), channels * sizeof(double))
+        return True
+    if is_plain_vector(values, channels, cnp.NPY_FLOAT32):
+        for c in range(channels):
+            target[c] = (<float*>data_of(values))[c]
+        return True
+    return False
+
+
+def whole_batch_norm(x, gamma, beta, axis, eps, activation, out, int num_threads):
+    """(y, count, whether in place, stats, coefs), or None."""
+    cdef cnp.ndarray y, stats, coefs
+    cdef Plan plan
+    cdef int typenum
+    if not is_plain(x) or type(eps) is not float or not (activation is None or activation == "relu"):
+        return None
+    plan = plain_plan(x, axis)
+    typenum = cnp.PyArray_TYPE(<cnp.ndarray>x)
+    if not (plan.channels and plan.outer * plan.inner > 1 and 0 <= <double>eps < INFINITY
+            and is_plain_vector(gamma, plan.channels, typenum) and is_plain_vector(beta, plan.channels, typenum)
+            and is_plain_output(out, x)):
+        return None
+    y = new_like(x) if out is None else out
+    stats = new_rows(3, plan.channels, cnp.NPY_FLOAT64)
+    coefs = new_rows(3, plan.channels, typenum)
+    if typenum == cnp.NPY_FLOAT32:
+        launch_batch_norm[float](
+            <float*>data_of(x), plan.channels * plan.inner, plan, <float*>data_of(gamma), <float*>data_of(beta), eps,
+            activation is not None, <double*>data_of(stats), <float*>data_of(coefs),
+            <float*>data_of(y), plan.channels * plan.inner, num_threads)
+    else:
+        launch_batch_norm[double](
+            <double*>data_of(x), plan.channels * plan.inner, plan, <double*>data_of(gamma), <double*>data_of(beta), eps,
+            activation is not None, <double*>data_of(stats), <double*>data_of(coefs),
+            <double*>data_of(y), plan.channels * plan.inner, num_threads)
+    return y, plan.outer * plan.inner, data_of(y) == data_of(x), stats, coefs
+
+
+def whole_batch_norm_inference(x, mean, var, gamma, beta, axis, eps, activation, out, int num_threads):
+    """(y, count, whether in place, stats, coefs), or None."""
+    cdef cnp.ndarray y, stats, coefs
+    cdef Plan plan
+    cdef Py_ssize_t c
+    cdef double* statistics
+    cdef int typenum
+    if not is_plain(x) or type(eps) is not float or not (activation is None or activation == "relu"):
+        return None
+    plan = plain_plan(x, axis)
+    typenum = cnp.PyArray_TYPE(<cnp.ndarray>x)
+    if not (plan.channels and 0 <= <double>eps < INFINITY
+            and is_plain_vector(gamma, plan.channels, typenum) and is_plain_vector(beta, plan.channels, typenum)
+            and is_plain_output(out, x)):
+        return None
+    stats = new_rows(3, plan.channels, cnp.NPY_FLOAT64)
+    statistics = <double*>data_of(stats)
+    if not (copy_statistics(mean, plan.channels, statistics)
+            and copy_statistics(var, plan.channels, statistics + plan.channels)):
+        return None
+    for c in range(plan.channels):
+        if statistics[plan.channels + c] < 0:
+            return None
+    y = new_like(x) if out is None else out
+    coefs = new_rows(3, plan.channels, typenum)
+    if typenum == cnp.NPY_FLOAT32:
+        launch_inference[float](
+            <float*>data_of(x), plan.channels * plan.inner, plan, statistics, statistics + plan.channels,
+            <float*>data_of(gamma), <float*>data_of(beta), eps, activation is not None, statistics,
+            <float*>data_of(coefs), <float*>data_of(y), plan.channels * plan.inner, num_threads)
+    else:
+        launch_inference[double](
+            <double*>data_of(x), plan.channels * plan.inner, plan, statistics, statistics + plan.channels,
+            <double*>data_of(gamma), <double*>data_of(beta), eps, activation is not None, statistics,
+            <double*>data_of(coefs), <double*>data_of(y), plan.channels * plan.inner, num_threads)
+    return y, plan.outer * plan.inner, data_of(y) == data_of(x), stats, coefs
+
+
+def whole_batch_norm_backward(grad_y, x, axis, cnp.ndarray stats, cnp.ndarray coefs, bint relu, bint training, out,
+                              int num_threads):
+    """(grad_x, grads), or None."""
+    cdef cnp.ndarray grad_x, grads
+    cdef Plan plan
+    cdef int typenum
+    if not (is_plain(x) and is_plain_like(grad_y, x) and is_plain_output(out, grad_y)
+            and (out is None or is_apart(out, x))):
+        return None
+    plan = plain_plan(x, axis)
+    if not plan.channels:
+        return None
+    typenum = cnp.PyArray_TYPE(<cnp.ndarray>x)
+    grad_x = new_like(x) if out is None else out
+    grads = new_rows(2, plan.channels, typenum)
+    if typenum == cnp.NPY_FLOAT32:
+        launch_batch_norm_backward[float](
+            <float*>data_of(grad_y), plan.channels * plan.inner, <float*>data_of(x), plan.channels * plan.inner, plan,
+            <double*>data_of(stats), <float*>data_of(coefs), relu, training, <float*>data_of(grads),
+            <float*>data_of(grad_x), plan.channels * plan.inner, num_threads)
+    else:
+        launch_batch_norm_backward[double](
+            <double*>data_of(grad_y), plan.channels * plan.inner, <double*>data_of(x), plan.channels * plan.inner, plan,
+            <double*>data_of(stats), <double*>data_of(coefs), relu, training, <double*>data_of(grads),
+            <double*>data_of(grad_x), plan.channels * plan.inner, num_threads)
+    return grad_x, grads

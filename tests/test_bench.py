@@ -1,0 +1,285 @@
+"""The command `fastbn bench`: its sides compute what they should, its figures make sense, and it ends cleanly."""
+
+import argparse
+import json
+import multiprocessing
+import os
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn.bench import cases, measure, plot, roofline, tables, targets
+from fastbn.bench.cases import Case
+from fastbn.bench.data import Data
+from fastbn.bench.measure import Plan, Result
+from fastbn.bench.process import Processes, WorkerError
+from fastbn.bench.worker import PEERS
+from fastbn.cli import bench
+
+SIDES = ["fastbn-cython", "fastbn-numba", "fastbn-numpy", *PEERS, "fastbn-cython+torch"]
+EPS = 1e-5
+
+
+def run(*words):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return bench.run(parser.parse_args(words))
+
+
+def skip_unless_here(label):
+    missing = measure.installed_peers()[1]
+    for part in label.split("+"):
+        backend = part.removeprefix("fastbn-")
+        if part in missing or (backend != part and backend not in fastbn.available_backends()):
+            pytest.skip(f"{part} is not available")
+
+
+# -------------------------------------------------------------------------------------------- what the sides compute
+
+
+def expected(op, d):
+    """What a side should return, by NumPy in float64."""
+    axes = (0, *range(2, len(d.shape)))
+
+    def column(values):
+        return np.asarray(values, np.float64).reshape(-1, *[1] * (len(d.shape) - 2))
+
+    x, grad_y = d.x.astype(np.float64), d.grad_y.astype(np.float64)
+    mean, var = x.mean(axes), x.var(axes)
+    if op == "moments":
+        return [mean, var]
+    if op.startswith("inference"):
+        mean, var = d.mean, d.var
+    x_hat = (x - column(mean)) / np.sqrt(column(var) + EPS)
+    y = x_hat * column(d.gamma) + column(d.beta)
+    if op == "relu":
+        return [np.maximum(y, 0)]
+    grad_gamma, grad_beta, n = (grad_y * x_hat).sum(axes), grad_y.sum(axes), x.size / d.channels
+    grad_x = grad_y - column(grad_beta / n) - x_hat * column(grad_gamma / n)
+    gradients = [grad_x * column(d.gamma / np.sqrt(var + EPS)), grad_gamma, grad_beta]
+    if op == "layer":
+        return [y, *gradients]
+    return gradients if op.startswith("backward") else [y]
+
+
+@pytest.mark.parametrize("label", SIDES)
+def test_each_side_computes_what_is_timed(label):
+    skip_unless_here(label)
+    offered = set()
+    with Processes(threads=1) as processes:
+        for array in ("40x6", "8x4x3x5", "40x6:float64"):
+            for op in cases.OPS:
+                case = cases.parse(op, array)
+                if processes.prepare(label, case) is None:
+                    continue
+                offered.add(op)
+                results = processes.result(label)
+                wanted = expected(op, Data(case)) * (1 + label.count("+"))
+                for actual, exact in zip(results, wanted, strict=True):
+                    np.testing.assert_allclose(actual, exact, rtol=2e-5, atol=2e-5, err_msg=f"{op} {array}")
+    assert offered >= {"moments"} or {"torch", "fastbn-cython+torch"} >= {label}
+    assert not label.startswith("fastbn-") or "+" in label or offered == set(cases.OPS)
+
+
+def test_roofline_passes_touch_all_of_the_arrays():
+    side = roofline.Roofline(threads=2)
+    d = Data(Case("forward-out", (100_000, 41)))
+    side.prepare("forward-out", d)()
+    np.testing.assert_array_equal(d.out, d.x)
+    side.prepare("backward-out", d)()
+    np.testing.assert_array_equal(d.out, d.x + d.grad_y)
+    assert side.prepare("forward-out", Data(Case("forward-out", (40, 6)))) is None
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+def test_data_have_the_layout_they_should(layout):
+    d = Data(Case("moments", (300, 5), "float64", layout))
+    assert d.x.shape == d.grad_y.shape == (300, 5)
+    assert d.x.dtype == np.float64
+    assert d.x.flags.c_contiguous == (layout == "C")
+    assert d.x.flags.f_contiguous == (layout == "F")
+    assert d.x.mean() == pytest.approx(3, abs=0.2)
+    assert d.x.std() == pytest.approx(1, abs=0.2)
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+def test_a_run_measures_every_operation_and_array(tmp_path, capfd):
+    picture, page = tmp_path / "roofline.png", tmp_path / "page.md"
+    arrays = ["24x8", "4x3x2x2"]
+    words = ["--quick", "--rounds", "1", "--threads", "1", "--json", "--ops", ",".join(cases.OPS)]
+    assert run(*words, "--shapes", ",".join(arrays), "--plot", str(picture), "--markdown", str(page)) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert {(one["op"], one["array"]) for one in found["results"]} == {(op, a) for op in cases.OPS for a in arrays}
+    assert found["threads"] == 1
+    assert found["rounds"] == 1
+    for one in found["results"]:
+        assert one["errors"] == {}
+        assert "fastbn-cython" in one["seconds"]
+        assert all(0 < seconds < 60 for seconds in one["seconds"].values())
+        assert all(gbps > 0 for gbps in one["gbps"].values())
+        assert one["ratio_to_fastbn"]["fastbn-cython"] == 1
+    assert found["versions"]["fastbn"] == fastbn.__version__
+    for peer in ("torch", "jax", "scikit-learn", "numpy"):
+        assert (peer in found["versions"]) != (peer in found["missing"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    text = page.read_text()
+    assert all(f"## {op.capitalize()}: " in text for op in cases.OPS)
+    assert "![GB/s against bytes for each implementation](roofline.png)" in text
+
+
+def test_tables_are_the_default(capfd):
+    assert run("--quick", "--rounds=1", "--ops=moments", "--shapes=300x5", "--peers=numpy", "--backends=cython") == 0
+    out = capfd.readouterr().out
+    assert "moments: column means and variances" in out
+    assert out.splitlines()[-2].split() == [
+        "array", "MB", "fastbn-cython", "ms", "numpy", "ms", "GB/s", "numpy/fastbn",
+    ]
+    assert out.splitlines()[-1].split()[0] == "300x5"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ops", "nosuch"], "--ops: expected some of forward-out, "),
+        (["--shapes", "12"], "--shapes: expected sizes as in 65536x256 or 32x64x56x56, got '12'"),
+        (["--shapes", "0x3"], "--shapes: expected sizes"),
+        (["--shapes", "1x3"], "--shapes: more than one value per channel is needed, got '1x3'"),
+        (["--shapes", "8x3:float16"], "--shapes: unknown kind 'float16' in '8x3:float16'; known: float32, float64, C"),
+        (["--threads", "0"], "--threads: expected a whole number >= 1, got '0'"),
+        (["--rounds", "two"], "--rounds: expected a whole number >= 1, got 'two'"),
+        (["--backends", "fortran"], "--backends: expected some of cython, numba, numpy, got 'fortran'"),
+        (["--peers", "excel"], "--peers: expected some of torch, jax, scikit-learn, numpy, got 'excel'"),
+        (["--plot", "picture.nosuch"], "--plot: expected a file name such as roofline.png, got 'picture.nosuch'"),
+        (["--plot", "no/such/folder/a.png"], "--plot: cannot write 'no/such/folder/a.png'"),
+        (["--markdown", "no/such/folder/a.md"], "--markdown: cannot write 'no/such/folder/a.md'"),
+        (["--quick", "--ops", "layouts", "--shapes", ""], "--shapes: expected sizes"),
+    ],
+)
+def test_bad_options_are_named_in_one_line(words, message, capfd):
+    assert run(*words) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(f"fastbn bench: error: {message}")
+    assert error.count("\n") == 1
+
+
+def test_missing_backends_and_peers_are_named(capfd, monkeypatch):
+    monkeypatch.setattr("fastbn.bench.options.why_unavailable", lambda name: f"{name} does not run here")
+    assert run("--backends", "numba") == 2
+    assert "--backends: numba does not run here" in capfd.readouterr().err
+    monkeypatch.setattr("fastbn.bench.options.installed_peers", lambda: (("numpy",), ("torch",)))
+    assert run("--peers", "torch") == 2
+    assert "--peers: torch is not installed" in capfd.readouterr().err
+    assert run("--quick", "--rounds=1", "--ops=moments", "--shapes=300x5") == 0
+    assert "missing:           torch (not installed)" in capfd.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------- the processes
+
+
+def test_an_interrupt_leaves_no_process(monkeypatch):
+    def interrupt(seconds):
+        assert multiprocessing.active_children()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure.time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run("--shapes", "24x8", "--peers", "numpy", "--backends", "cython")
+    assert not multiprocessing.active_children()
+
+
+def test_a_failing_side_is_reported_and_the_others_go_on():
+    case = cases.parse("moments", "24x8")
+    plan = Plan(threads=1, rounds=2, seconds=1e-4, backends=("cython",), peers=("nosuch", "numpy"))
+    with Processes(1, ("fastbn-cython", "roofline")) as processes:
+        result = measure.measure([case], plan, processes, lambda case, part: None)[0]
+    assert result.errors == {"nosuch": "KeyError: 'nosuch'"}
+    assert set(result.seconds) == {"fastbn-cython", "numpy"}
+    table = tables.tables([result])[0]
+    assert "error" in table.rows[0]
+    assert table.notes == ["nosuch on 24x8: KeyError: 'nosuch'"]
+
+
+def test_a_dead_or_hanging_side_is_reported_and_started_again():
+    case = cases.parse("moments", "24x8")
+    with Processes(1) as processes:
+        processes.prepare("numpy", case)
+        worker = processes.workers["numpy",]
+        os.kill(worker.process.pid, 9)
+        with pytest.raises(WorkerError, match="its process died, exit status -9"):
+            processes.run("numpy", 1)
+        assert processes.prepare("numpy", case) > 0
+        with pytest.raises(WorkerError, match="no answer within 0 s; its process was ended"):
+            processes.workers["numpy",].ask("run", "numpy", 10**7, limit=0.05)
+        assert not processes.workers["numpy",].process.is_alive()
+        assert processes.prepare("numpy", case) > 0
+
+
+# ------------------------------------------------------------------------------------- figures, targets, tables
+
+
+def result_of(op, array, **milliseconds):
+    labels = {"cython": "fastbn-cython", "numba": "fastbn-numba"}
+    samples = {labels.get(label, label): [ms / 1e3] for label, ms in milliseconds.items()}
+    return Result(cases.parse(op, array), samples)
+
+
+def test_the_default_grid_covers_the_targets():
+    grid = {(case.op, case.array) for case in cases.grid(None, None)}
+    assert {(target.op, array) for target in targets.TARGETS for array in target.arrays} <= grid
+    assert {("layouts", array) for array in targets.LAYOUT_BASES} <= grid
+    assert {case.op for case in cases.grid(None, ["8x3"])} == set(cases.OPS) - set(cases.ON_REQUEST)
+
+
+def test_arrays_are_read_as_they_are_written():
+    for op, arrays in cases.OP_SHAPES.items():
+        assert [cases.parse(op, array).array for array in arrays] == list(arrays)
+    assert cases.parse("moments", "10x3:F:float64") == Case("moments", (10, 3), "float64", "F")
+    assert cases.parse("moments", "10x3:F:float64").nbytes == 240
+
+
+def test_targets_are_judged():
+    results = [
+        result_of("forward-out", "65536x256", cython=2, numba=3, torch=3, roofline=1.9),
+        result_of("backward", "65536x256", cython=2, torch=3),
+        result_of("layouts", "62500x64", cython=1),
+        result_of("layouts", "62500x64:F", cython=1.6),
+    ]
+    found = {(one.op, one.what): one for one in targets.verdicts(results)}
+    assert found["forward-out", "torch/fastbn"].met
+    assert not found["forward-out", "torch/fastbn"].aim_met
+    assert not found["backward", "torch/fastbn"].met
+    assert found["forward-out", "fastbn/roofline"].ratio == pytest.approx(2 / 1.9)
+    assert found["forward-out", "fastbn/roofline"].met
+    assert not found["forward-out", "numba/cython, the worst"].met
+    assert not found["layouts", "per byte, to 62500x64"].met
+    assert len(found) == 5
+
+
+def test_gigabytes_count_the_bare_passes():
+    assert result_of("forward-out", "1000x250", cython=1).gbps("fastbn-cython") == pytest.approx(3)
+    assert result_of("backward", "1000x250", cython=1).gbps("fastbn-cython") == pytest.approx(5)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0000421, "0.000042"), (0.00912, "0.00912"), (0.1, "0.100"), (1.5, "1.50"), (17.62, "17.6"), (134.4, "134")],
+)
+def test_figures_have_three_significant_digits(value, text):
+    assert tables.significant(value) == text
+
+
+def test_mixing_compares_with_both_alone():
+    result = result_of("mixing", "256x512", cython=1, torch=3, **{"fastbn-cython+torch": 5})
+    assert tables.tables([result])[0].rows == [["256x512", "0.524", "fastbn-cython, torch", "4.00", "5.00", "+25%"]]
+
+
+def test_the_picture_holds_all_kinds_of_arrays(tmp_path):
+    results = [
+        result_of("forward-out", array, cython=1, numba=2, torch=3, roofline=0.5)
+        for array in ("64x128", "65536x256", "32x64x56x56", "65536x256:float64")
+    ]
+    plot.draw(results, str(tmp_path / "a.svg"))
+    assert "fastbn-cython" in (tmp_path / "a.svg").read_text() or (tmp_path / "a.svg").stat().st_size > 10_000

@@ -1,0 +1,127 @@
+"""The same bits for any number of threads, any row stride and alignment, in place or not, and in every call."""
+
+import numpy as np
+import pytest
+from layouts import LARGE, LAYOUTS, draw, drawn
+from tolerances import assert_same_bits
+
+import fastbn
+
+NAMES = ["y", "mean", "var", "invstd", "grad_x", "grad_gamma", "grad_beta", "inferred", "moments", "m2"]
+ROW_LAYOUTS = [name for name, layout in LAYOUTS.items() if layout.rows]
+SOME_LAYOUTS = ["9001x3", "1301x77", "70x1000", "inner 5", "inner 49"]
+
+
+def everything(x, grad_y, gamma, beta, axis, *, backend, num_threads=2, activation="relu", outs=(None, None, None)):
+    """Every result of every operation; outs are for y, grad_x and the inference."""
+    options = {"backend": backend, "num_threads": num_threads}
+    moments = fastbn.moments(x, axis=axis, **options)
+    y, saved = fastbn.batch_norm(x, gamma, beta, axis=axis, activation=activation, out=outs[0], **options)
+    gradients = fastbn.batch_norm_backward(grad_y, saved, out=outs[1], **options)
+    inferred = fastbn.batch_norm_inference(
+        x, saved.mean, saved.var, gamma, beta, axis=axis, activation=activation, out=outs[2], **options
+    )
+    return y, saved.mean, saved.var, saved.invstd, *gradients, inferred, moments.mean, moments.m2
+
+
+def assert_all_the_same(actual, expected):
+    for name, a, b in zip(NAMES, actual, expected, strict=True):
+        assert_same_bits(a, b, name)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_number_of_threads(backend, dtype, layout, activation):
+    data = drawn(layout, dtype)
+    expected = everything(*data, backend=backend, num_threads=1, activation=activation)
+    for num_threads in (2, 3, 7):
+        assert_all_the_same(
+            everything(*data, backend=backend, num_threads=num_threads, activation=activation), expected)
+
+
+def test_any_number_of_threads_for_a_large_array(compiled):
+    data = draw(LARGE, np.dtype(np.float32))
+    expected = everything(*data, backend=compiled, num_threads=1)
+    assert_all_the_same(everything(*data, backend=compiled, num_threads=3), expected)
+    y = np.array(data.x)  # in place: no longer past the caches
+    fastbn.batch_norm(y, data.gamma, data.beta, activation="relu", out=y, backend=compiled)
+    assert_same_bits(y, expected[0], "y in place")
+
+
+@pytest.mark.parametrize("layout", SOME_LAYOUTS)
+def test_repeated_calls(compiled, dtype, layout):
+    data = drawn(layout, dtype)
+    expected = everything(*data, backend=compiled)
+    for _ in range(5):
+        assert_all_the_same(everything(*data, backend=compiled), expected)
+
+
+@pytest.mark.parametrize("layout", ROW_LAYOUTS)
+def test_any_row_stride(compiled, dtype, layout):
+    x, grad_y, gamma, beta, axis = drawn(layout, dtype)
+    expected = everything(x.copy(), grad_y.copy(), gamma, beta, axis, backend=compiled)
+    assert_all_the_same(everything(x, grad_y, gamma, beta, axis, backend=compiled), expected)
+    # one strided, the other not
+    assert_all_the_same(everything(x, grad_y.copy(), gamma, beta, axis, backend=compiled), expected)
+    assert_all_the_same(everything(x.copy(), grad_y, gamma, beta, axis, backend=compiled), expected)
+
+
+@pytest.mark.parametrize("layout", ROW_LAYOUTS)
+def test_any_row_stride_of_out(compiled, dtype, layout):
+    x, grad_y, gamma, beta, axis = drawn(layout, dtype)
+    expected = everything(x, grad_y, gamma, beta, axis, backend=compiled)
+    around = [np.full((3 * x.shape[0], *x.shape[1:]), 99, dtype) for _ in range(3)]
+    outs = [array[2::3] for array in around]
+    actual = everything(x, grad_y, gamma, beta, axis, backend=compiled, outs=outs)
+    assert_all_the_same(actual, expected)
+    assert all(a is out for a, out in zip((actual[0], actual[4], actual[7]), outs, strict=True))
+    for array in around:
+        assert (array[0::3] == 99).all()
+        assert (array[1::3] == 99).all()
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "broadcast rows"])
+def test_in_place(backend, dtype, layout):
+    x, grad_y, gamma, beta, axis = drawn(layout, dtype)
+    expected = dict(zip(NAMES, everything(x, grad_y, gamma, beta, axis, backend=backend), strict=True))
+    options = {"axis": axis, "activation": "relu", "backend": backend}
+    _, saved = fastbn.batch_norm(x, gamma, beta, **options)
+
+    y, grad_x, *_ = draw(LAYOUTS[layout], dtype, frozen=False)
+    inferred, *_ = draw(LAYOUTS[layout], dtype, frozen=False)
+    assert fastbn.batch_norm(y, gamma, beta, out=y, **options)[0] is y
+    assert fastbn.batch_norm_backward(grad_x, saved, out=grad_x, backend=backend)[0] is grad_x
+    result = fastbn.batch_norm_inference(inferred, saved.mean, saved.var, gamma, beta, out=inferred, **options)
+    assert result is inferred
+    for name, actual in (("y", y), ("grad_x", grad_x), ("inferred", inferred)):
+        assert_same_bits(actual, expected[name], name)
+
+
+def at_address(values, offset):
+    """A copy of values that starts `offset` bytes behind a cache line."""
+    memory = np.empty(values.nbytes + 128, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    copy = memory[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
+    copy[...] = values
+    return copy
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4, 8, 24, 60])
+@pytest.mark.parametrize("layout", SOME_LAYOUTS)
+def test_any_address(compiled, dtype, layout, offset):
+    """Multiples of the item's size, and others."""
+    *arrays, axis = (np.ascontiguousarray(a) if isinstance(a, np.ndarray) else a for a in drawn(layout, dtype))
+    expected = everything(*arrays, axis, backend=compiled)
+    moved = [at_address(array, offset) for array in arrays]
+    outs = [at_address(arrays[0], offset) for _ in range(3)]
+    assert moved[0].flags.aligned == (offset % dtype.itemsize == 0)
+    assert_all_the_same(everything(*moved, axis, backend=compiled), expected)
+    assert_all_the_same(everything(*arrays, axis, backend=compiled, outs=outs), expected)
+
+
+def test_backends_and_layouts_differ_by_rounding_alone(compiled):
+    """What is not promised: other orders of summation. The difference is far below what float32 holds."""
+    x = drawn("1301x77", np.dtype(np.float32)).x
+    rows, columns = fastbn.moments(x, backend=compiled), fastbn.moments(np.asfortranarray(x), backend=compiled)
+    np.testing.assert_allclose(rows.mean, columns.mean, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(rows.m2, columns.m2, rtol=1e-14)
