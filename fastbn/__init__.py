@@ -5,6 +5,7 @@ The way of an array through the package, and where to look::
     caller's array (any memory order)
       -> functional.py, moments.py, layer.py   the public functions and the layer: the algorithm, no loops over data
       -> _layout.py                            validation, and the canonical view (outer, channels, inner)
+      -> _memory.py                            large outputs, reused
       -> _dispatch.py                          which backend, how many threads
       -> kernels/                              the loops: cython_kernels.pyx, numba_kernels.py (its twin), reference.py
       -> back up: y, gradients, statistics
@@ -30,6 +31,7 @@ from fastbn._dispatch import (  # noqa: E402
     thread_limit,
     warmup,
 )
+from fastbn._memory import release_memory, set_memory_limit  # noqa: E402
 from fastbn.functional import Saved, batch_norm, batch_norm_backward, batch_norm_inference  # noqa: E402
 from fastbn.layer import BatchNorm  # noqa: E402
 from fastbn.moments import Moments, moments  # noqa: E402
@@ -47,6 +49,8 @@ __all__ = [
     "batch_norm_inference",
     "get_num_threads",
     "moments",
+    "release_memory",
+    "set_memory_limit",
     "set_num_threads",
     "show_config",
     "thread_limit",

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fastbn import _memory
+
 ACTIVATIONS = (None, "relu")
 
 
@@ -65,7 +67,7 @@ def canonical(x: NDArray[Any], layout: Layout) -> NDArray[Any]:
 
 def empty(layout: Layout) -> tuple[NDArray[Any], NDArray[Any]]:
     """A new array of ``layout.shape`` in the memory order of the layout, and its canonical view."""
-    view = np.empty(layout.view, layout.dtype)
+    view = _memory.empty(layout.view, layout.dtype)
     return restored(view, layout), view
 
 

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("NUMBA_NUM_THREADS", "8")  # read when Numba is imported: lets the tests ask for 7 threads
+# Read when OpenMP is loaded. On a loaded machine waiting threads that spin make the suite take three times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this file; importlib mode leaves it out
 
 import hypothesis

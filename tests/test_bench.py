@@ -68,7 +68,7 @@ def test_each_side_computes_what_is_timed(label):
     skip_unless_here(label)
     offered = set()
     with Processes(threads=1) as processes:
-        for array in ("40x6", "8x4x3x5", "40x6:float64"):
+        for array in ("40x6", "8x4x3x5:float64"):
             for op in cases.OPS:
                 case = cases.parse(op, array)
                 if processes.prepare(label, case) is None:
@@ -108,7 +108,7 @@ def test_data_have_the_layout_they_should(layout):
 
 def test_a_run_measures_every_operation_and_array(tmp_path, capfd):
     picture, page = tmp_path / "roofline.png", tmp_path / "page.md"
-    arrays = ["24x8", "4x3x2x2"]
+    arrays = ["24x8"]
     words = ["--quick", "--rounds", "1", "--threads", "1", "--json", "--ops", ",".join(cases.OPS)]
     assert run(*words, "--shapes", ",".join(arrays), "--plot", str(picture), "--markdown", str(page)) == 0
     found = json.loads(capfd.readouterr().out)

@@ -14,9 +14,18 @@ pytest.importorskip("tqdm")
 from fastbn.cli import main
 from fastbn.cli.demo import JSON, PNG
 from fastbn.demo import digits, identity
-from fastbn.demo.network import Network, softmax_cross_entropy
+from fastbn.demo.network import Network, one_blas_thread, softmax_cross_entropy
 
 SEED = 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """What the demo's own defaults would spend minutes on, on a busy machine."""
+    with one_blas_thread(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(identity, "MOST_STEPS", 100)
+        patch.setattr(identity, "LABELS_STEPS", 500)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,10 @@ EPS = 1e-5
 
 
 class Jax:
-    """JAX returns fresh arrays only. Its thread count is that of the processors it may run on."""
+    """JAX returns fresh arrays only."""
 
     def __init__(self, threads: int) -> None:
+        os.environ["NPROC"] = str(threads)  # from which XLA takes the size of its thread pool, when that is first used
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_enable_x64", True)  # else float64 data would silently be computed as float32
 

@@ -1,4 +1,4 @@
-"""The machine: what it is, and which of its processors a measurement runs on."""
+"""The machine that a measurement ran on."""
 
 from __future__ import annotations
 
@@ -40,29 +40,10 @@ def cache_bytes() -> dict[str, int]:
     return {name: int(size[:-1]) * units[size[-1]] for name, size in caches().items() if size[-1:] in units}
 
 
-def pin(threads: int) -> None:
-    """Let this process run on as many processors as it has threads: for libraries that count processors.
-
-    One processor per core comes before the second one of any core.
-    """
-    usable = _usable()
-    if threads < len(usable) and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(usable, key=lambda cpu: (_sibling_rank(cpu), cpu))[:threads])
-
-
 def _usable() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
-
-
-def _sibling_rank(cpu: int) -> int:
-    """0 for the first processor of a core, 1 for the second."""
-    siblings: list[int] = []
-    for part in filter(None, _read(CPUS / f"cpu{cpu}/topology/thread_siblings_list").split(",")):
-        first, _, last = part.partition("-")
-        siblings += range(int(first), int(last or first) + 1)
-    return siblings.index(cpu) if cpu in siblings else 0
 
 
 def _memory() -> str:

@@ -12,7 +12,6 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from fastbn.bench import machine
 from fastbn.bench.cases import Case
 from fastbn.bench.data import Data
 
@@ -46,7 +45,6 @@ class Host:
     """The sides of one process, and what their parent may ask for."""
 
     def __init__(self, labels: tuple[str, ...], threads: int) -> None:
-        machine.pin(threads)
         self.sides = {label: build(label, threads) for label in labels}
         self.calls: dict[str, tuple[str, Callable[[], Any]]] = {}
         self.data: tuple[Any, Data] | None = None

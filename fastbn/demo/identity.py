@@ -31,7 +31,7 @@ BATCH = 60
 IDENTITY_RATE, IDENTITY_STEPS = 0.1, 300
 LABELS_STEPS = 2000
 REACHED = 1e-4  # of the loss at the start: what counts as the same function in `cost`
-MOST_STEPS = 20_000
+MOST_STEPS = 4000  # then a route counts as too long
 FROZEN_STEPS = 200  # where nothing moves
 STABLE = 0.9  # the learning rates in `cost`, as a part of the largest one that does not diverge
 
@@ -153,7 +153,7 @@ def _descend(
     return Route(name, sum(array.size for array, _ in parameters()), steps, perf_counter() - start, part)
 
 
-def cost(raw: Raw, *, backend: str | None = None, most_steps: int = MOST_STEPS) -> list[Route]:
+def cost(raw: Raw, *, most_steps: int, backend: str | None = None) -> list[Route]:
     """From the same start, the normalized activations, to the same target, h, by three sets of weights.
 
     All three start with the same outputs, so with the same loss. Each of the first two has the learning rate
@@ -219,5 +219,5 @@ def part_two(
             to_itself(raw, batch=len(raw.h), seed=seed, backend=backend, progress=progress),
             to_itself(raw, batch=BATCH, seed=seed, backend=backend, progress=progress),
             to_labels(raw, labels, learning_rate=learning_rate, seed=seed, backend=backend, progress=progress),
-            cost(raw, backend=backend),
+            cost(raw, most_steps=MOST_STEPS, backend=backend),
         )

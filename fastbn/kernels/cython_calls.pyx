@@ -304,7 +304,7 @@ def batch_norm_backward(
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole calls, checks and all, for plain arguments: C-contiguous native arrays of one dtype. At 64 x 128 the general way
 # through functional.py and _layout.py costs 27 us, the kernel 6 us. They answer None, with nothing done, to whatever
-# they do not know; the general way takes it, and raises the errors.
+# they do not know; the general way takes it, and raises the errors. New outputs are made here below `small` bytes.
 # ---------------------------------------------------------------------------------------------------------------------
 
 cdef inline bint is_plain(x) noexcept:
@@ -331,9 +331,11 @@ cdef inline bint is_apart(cnp.ndarray a, cnp.ndarray b) noexcept:
     return start_a + cnp.PyArray_NBYTES(a) <= start_b or start_b + cnp.PyArray_NBYTES(b) <= start_a
 
 
-cdef inline bint is_plain_output(out, cnp.ndarray source) noexcept:
-    """out is None, source itself, or a plain array apart from it."""
-    return out is None or (
+cdef inline bint is_plain_output(out, cnp.ndarray source, Py_ssize_t small) noexcept:
+    """out is None (for fewer bytes than `small`), source itself, or a plain array apart from it."""
+    if out is None:
+        return cnp.PyArray_NBYTES(source) < small
+    return (
         is_plain_like(out, source) and cnp.PyArray_ISWRITEABLE(<cnp.ndarray>out)
         and (cnp.PyArray_DATA(<cnp.ndarray>out) == cnp.PyArray_DATA(source) or is_apart(<cnp.ndarray>out, source)))
 
@@ -379,7 +381,10 @@ cdef inline bint copy_statistics(values, Py_ssize_t channels, double* target) no
     return False
 
 
-def whole_batch_norm(x, gamma, beta, axis, eps, activation, out, int num_threads):
+def whole_batch_norm(
+    x, gamma, beta, axis, eps, activation, out, int num_threads,
+    Py_ssize_t small,
+):
     """(y, count, whether in place, stats, coefs), or None."""
     cdef cnp.ndarray y, stats, coefs
     cdef Plan plan
@@ -390,7 +395,7 @@ def whole_batch_norm(x, gamma, beta, axis, eps, activation, out, int num_threads
     typenum = cnp.PyArray_TYPE(<cnp.ndarray>x)
     if not (plan.channels and plan.outer * plan.inner > 1 and 0 <= <double>eps < INFINITY
             and is_plain_vector(gamma, plan.channels, typenum) and is_plain_vector(beta, plan.channels, typenum)
-            and is_plain_output(out, x)):
+            and is_plain_output(out, x, small)):
         return None
     y = new_like(x) if out is None else out
     stats = new_rows(3, plan.channels, cnp.NPY_FLOAT64)
@@ -408,7 +413,10 @@ def whole_batch_norm(x, gamma, beta, axis, eps, activation, out, int num_threads
     return y, plan.outer * plan.inner, data_of(y) == data_of(x), stats, coefs
 
 
-def whole_batch_norm_inference(x, mean, var, gamma, beta, axis, eps, activation, out, int num_threads):
+def whole_batch_norm_inference(
+    x, mean, var, gamma, beta, axis, eps, activation, out, int num_threads,
+    Py_ssize_t small,
+):
     """(y, count, whether in place, stats, coefs), or None."""
     cdef cnp.ndarray y, stats, coefs
     cdef Plan plan
@@ -421,7 +429,7 @@ def whole_batch_norm_inference(x, mean, var, gamma, beta, axis, eps, activation,
     typenum = cnp.PyArray_TYPE(<cnp.ndarray>x)
     if not (plan.channels and 0 <= <double>eps < INFINITY
             and is_plain_vector(gamma, plan.channels, typenum) and is_plain_vector(beta, plan.channels, typenum)
-            and is_plain_output(out, x)):
+            and is_plain_output(out, x, small)):
         return None
     stats = new_rows(3, plan.channels, cnp.NPY_FLOAT64)
     statistics = <double*>data_of(stats)
@@ -446,13 +454,15 @@ def whole_batch_norm_inference(x, mean, var, gamma, beta, axis, eps, activation,
     return y, plan.outer * plan.inner, data_of(y) == data_of(x), stats, coefs
 
 
-def whole_batch_norm_backward(grad_y, x, axis, cnp.ndarray stats, cnp.ndarray coefs, bint relu, bint training, out,
-                              int num_threads):
+def whole_batch_norm_backward(
+    grad_y, x, axis, cnp.ndarray stats, cnp.ndarray coefs, bint relu, bint training, out, int num_threads,
+    Py_ssize_t small,
+):
     """(grad_x, grads), or None."""
     cdef cnp.ndarray grad_x, grads
     cdef Plan plan
     cdef int typenum
-    if not (is_plain(x) and is_plain_like(grad_y, x) and is_plain_output(out, grad_y)
+    if not (is_plain(x) and is_plain_like(grad_y, x) and is_plain_output(out, grad_y, small)
             and (out is None or is_apart(out, x))):
         return None
     plan = plain_plan(x, axis)

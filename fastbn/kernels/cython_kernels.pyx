@@ -3,9 +3,9 @@
 
 One source, compiled once per instruction set: _cython_baseline.pyx, _cython_avx2.pyx and _cython_avx512.pyx each
 include it and cython_calls.pyx. Read it downwards: the plan (how the data is cut, by shape alone), then for each
-kernel its strip (the hot loop, of literal size), its rows and runs, its task (one tile of one chunk); and the workers (what one
-thread does). `inline` means always here (setup.py sees to it): it is what makes the sizes literal. What is not inline
-keeps the compiler from making copy after copy.
+kernel its strip (the hot loop, of literal size), its rows and runs, its task (one tile of one chunk); and the workers
+(what one thread does). `inline` means always here (setup.py sees to it): it is what makes the sizes literal. What is
+not inline keeps the compiler from making copy after copy.
 """
 from libc.math cimport sqrt
 from libc.string cimport memcpy, memset
