@@ -108,11 +108,11 @@ def test_data_have_the_layout_they_should(layout):
 
 def test_a_run_measures_every_operation_and_array(tmp_path, capfd):
     picture, page = tmp_path / "roofline.png", tmp_path / "page.md"
-    arrays = ["24x8"]
-    words = ["--quick", "--rounds", "1", "--threads", "1", "--json", "--ops", ",".join(cases.OPS)]
-    assert run(*words, "--shapes", ",".join(arrays), "--plot", str(picture), "--markdown", str(page)) == 0
+    ops = [op for op in cases.OPS if op != "mixing"]  # which would start another PyTorch
+    words = ["--quick", "--rounds", "1", "--threads", "1", "--json", "--ops", ",".join(ops), "--shapes", "24x8"]
+    assert run(*words, "--plot", str(picture), "--markdown", str(page)) == 0
     found = json.loads(capfd.readouterr().out)
-    assert {(one["op"], one["array"]) for one in found["results"]} == {(op, a) for op in cases.OPS for a in arrays}
+    assert [(one["op"], one["array"]) for one in found["results"]] == [(op, "24x8") for op in ops]
     assert found["threads"] == 1
     assert found["rounds"] == 1
     for one in found["results"]:
@@ -126,7 +126,7 @@ def test_a_run_measures_every_operation_and_array(tmp_path, capfd):
         assert (peer in found["versions"]) != (peer in found["missing"])
     assert picture.read_bytes().startswith(b"\x89PNG")
     text = page.read_text()
-    assert all(f"## {op.capitalize()}: " in text for op in cases.OPS)
+    assert all(f"## {op.capitalize()}: " in text for op in ops)
     assert "![GB/s against bytes for each implementation](roofline.png)" in text
 
 

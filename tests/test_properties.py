@@ -1,4 +1,4 @@
-"""What holds for any data, by hypothesis: identities of batch norm and of moments, any shape, stride, order and dtype."""
+"""What holds for any data, by hypothesis: identities of batch norm and moments; any shape, stride, order and dtype."""
 
 import numpy as np
 import pytest
@@ -17,13 +17,11 @@ dtypes = st.sampled_from([np.dtype("float32"), np.dtype("float64")])
 def batches(draw, min_rows=2):
     """Normal data of some shape, with a mean and a standard deviation of its own in each channel."""
     rng = np.random.default_rng(draw(seeds))
-    n, channels, inner = draw(st.integers(min_rows, 400)), draw(st.integers(1, 70)), draw(st.sampled_from([1, 1, 1, 4, 40]))
-    x = rng.standard_normal((n, channels, inner)) * rng.uniform(0.5, 4, (channels, 1)) + rng.uniform(-9, 9, (channels, 1))
+    n, channels = draw(st.integers(min_rows, 400)), draw(st.integers(1, 70))
+    inner = draw(st.sampled_from([1, 1, 1, 4, 40]))
+    x = rng.standard_normal((n, channels, inner))
+    x = x * rng.uniform(0.5, 4, (channels, 1)) + rng.uniform(-9, 9, (channels, 1))
     return (x[..., 0] if inner == 1 else x).astype(draw(dtypes)), rng
-
-
-def column(values, ndim):
-    return values.reshape([-1 if i == 1 else 1 for i in range(ndim)])
 
 
 def rounding(dtype):
@@ -96,7 +94,8 @@ def test_pieces_merge_into_the_whole_in_any_order(backend, batch, borders, order
     results = [sum(parts, fastbn.Moments.empty(x.shape[1])), fastbn.moments(x, backend=backend)]
     shuffled = [parts[i] for i in np.random.default_rng(order).permutation(len(parts))]
     while len(shuffled) > 1:  # as a tree
-        shuffled = [a + b for a, b in zip(shuffled[::2], shuffled[1::2], strict=False)] + shuffled[len(shuffled) // 2 * 2 :]
+        pairs = zip(shuffled[::2], shuffled[1::2], strict=False)
+        shuffled = [a + b for a, b in pairs] + shuffled[len(shuffled) // 2 * 2 :]
     results.append(shuffled[0])
     stream = fastbn.Moments.empty(x.shape[1])
     for piece in pieces:
