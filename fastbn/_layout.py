@@ -200,6 +200,8 @@ def overlap(a: NDArray[Any], b: NDArray[Any]) -> bool:
 
 def overlaps_itself(x: NDArray[Any]) -> bool:
     """Whether two elements share memory (broadcast or sliding-window views)."""
+    if not x.size:
+        return False
     reach = x.itemsize
     for stride, length in sorted((abs(s), n) for s, n in zip(x.strides, x.shape, strict=True) if n > 1):
         if stride < reach:

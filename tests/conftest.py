@@ -65,7 +65,7 @@ def run_python(tmp_path):
     def run(code, *arguments, status=0, timeout=120, **environment):
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("FASTBN_", "OMP_"))}
         result = subprocess.run(
-            [sys.executable, *arguments, "-c", code] if code else [sys.executable, *arguments],
+            [sys.executable, *arguments] if code is None else [sys.executable, "-c", code, *arguments],
             env=inherited | {"PYTHONPATH": str(Path(fastbn.__file__).parents[1])} | environment,
             cwd=tmp_path, capture_output=True, text=True, timeout=timeout, check=False,
         )

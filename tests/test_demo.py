@@ -98,6 +98,14 @@ def test_batch_norm_is_ahead_at_the_same_steps(curves):
         assert seen[step][1] > seen[step][0] + 0.3
 
 
+def test_accuracy_is_measured_with_the_running_statistics(curves, data):
+    network = curves[1].network
+    seen = [norm.num_batches_tracked for _, norm in network.hidden]
+    one_by_one = [network.accuracy(data.test_x[i : i + 1], data.test_labels[i : i + 1]) for i in range(digits.TEST)]
+    assert np.mean(one_by_one) == pytest.approx(curves[1].accuracy[-1])
+    assert seen == [norm.num_batches_tracked for _, norm in network.hidden] == [200, 200, 200]
+
+
 def test_minibatches_see_every_image_once_an_epoch():
     rows = list(digits.minibatches(2, SEED))
     assert len(rows) == digits.steps_of(2)

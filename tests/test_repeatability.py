@@ -31,12 +31,11 @@ def assert_all_the_same(actual, expected):
 
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_number_of_threads(backend, dtype, layout, activation):
+def test_any_number_of_threads(compiled, dtype, layout, activation):
     data = drawn(layout, dtype)
-    expected = everything(*data, backend=backend, num_threads=1, activation=activation)
-    for num_threads in (2, 3, 7):
-        assert_all_the_same(
-            everything(*data, backend=backend, num_threads=num_threads, activation=activation), expected)
+    expected = everything(*data, backend=compiled, num_threads=1, activation=activation)
+    for n in (2, 3, 7):
+        assert_all_the_same(everything(*data, backend=compiled, num_threads=n, activation=activation), expected)
 
 
 def test_any_number_of_threads_for_a_large_array(compiled):

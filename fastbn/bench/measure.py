@@ -1,4 +1,4 @@
-"""Rounds: in each, every side runs its calls once, in turns that rotate; the figure of a side is its median round."""
+"""Rounds: in each, every side runs its calls once, in turns that rotate; the figure of a side is its median sample."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fastbn.bench.roofline import bytes_moved
 from fastbn.bench.worker import PEERS
 
 PAUSE = 0.01  # seconds between two sides: the OpenMP threads of the last one stop spinning within a few ms
+SAMPLES = 9  # at most so many in a round: a call, or several where they are short
 REFERENCE_BYTES = 1_000_000  # fastbn's NumPy reference is measured up to here, unless asked for
 
 
@@ -46,7 +47,7 @@ class Plan:
 
 @dataclass
 class Result:
-    """Seconds per call of each side on one case, one number a round."""
+    """Seconds per call of each side on one case, some samples a round."""
 
     case: Case
     samples: dict[str, list[float]] = field(default_factory=dict)
@@ -93,10 +94,16 @@ def measure(
     return [results[i] for i in range(len(cases))]
 
 
+def split(calls: float) -> tuple[int, int]:
+    """The calls of a round as (calls in a sample, samples)."""
+    samples = min(SAMPLES, max(1, round(calls)))
+    return max(1, round(calls / samples)), samples
+
+
 def _measure_one(case: Case, plan: Plan, processes: Processes, tick: Callable[[Case, float], None]) -> Result:
     result = Result(case)
     tick(case, 0)
-    calls: dict[str, int] = {}
+    work: dict[str, tuple[int, int]] = {}
     for label in plan.sides(case):
         try:
             estimate = processes.prepare(label, case)
@@ -104,17 +111,17 @@ def _measure_one(case: Case, plan: Plan, processes: Processes, tick: Callable[[C
             result.errors[label] = str(error)
             continue
         if estimate is not None:
-            calls[label] = max(1, round(plan.seconds / estimate))
+            work[label] = split(plan.seconds / estimate)
             result.samples[label] = []
     for turn in range(plan.rounds):
-        labels = list(calls)
+        labels = list(work)
         first = turn % len(labels) if labels else 0
         for label in labels[first:] + labels[:first]:
             time.sleep(PAUSE)
             try:
-                result.samples[label].append(processes.run(label, calls[label], plan.seconds))
+                result.samples[label] += processes.run(label, *work[label])
             except WorkerError as error:
                 result.errors[label] = str(error)
-                del calls[label], result.samples[label]
+                del work[label], result.samples[label]
         tick(case, 1 / plan.rounds)
     return result

@@ -60,18 +60,20 @@ class Host:
             return None
         self.calls[label] = (case.op, call)
         call()
-        return min(self.run(label, 1) for _ in range(2))
+        return min(self.run(label, 1, 2))
 
-    def run(self, label: str, calls: int) -> float:
-        """Seconds per call. Each result lives until the next one is there, as in a user's loop."""
+    def run(self, label: str, calls: int, times: int) -> list[float]:
+        """Seconds per call, so many times. Each result lives until the next one is there, as in a user's loop."""
         _, call = self.calls[label]
         result = call()
-        start = time.perf_counter()
-        for _ in range(calls):
-            result = call()
-        stop = time.perf_counter()
+        seconds = []
+        for _ in range(times):
+            start = time.perf_counter()
+            for _ in range(calls):
+                result = call()
+            seconds.append((time.perf_counter() - start) / calls)
         del result
-        return (stop - start) / calls
+        return seconds
 
     def result(self, label: str) -> list[NDArray[Any]]:
         """What the call computes, for the tests."""

@@ -11,6 +11,7 @@ import fastbn
 COMMANDS = {
     "info": "what fastbn found on this machine, and what it chose",
     "demo": "train a network on real digits with and without batch normalization, and draw it",
+    "bench": "measure fastbn against the installed peers and the speed of memory",
 }
 
 

@@ -109,7 +109,7 @@ cdef int launch_grad_affine(
     cdef int team = team_take(team_wanted(&plan, 2 * sizeof(floating), num_threads))
     cdef bint stream = streams(&plan, sizeof(floating), dy == grad_x)
     with nogil, parallel(num_threads=team):
-        grad_affine_worker(dy, dy_stride, x, x_stride, &plan, coefs, linear, relu, stream, grad_x, grad_x_stride)
+        grad_affine_worker(dy, dy_stride, x, x_stride, &plan, coefs, linear, relu, True, stream, grad_x, grad_x_stride)
     team_give(team)
     return 0
 

@@ -715,6 +715,7 @@ cdef void add_chunks(const Plan* plan, double* sums, Py_ssize_t c0, Py_ssize_t c
 
 # ---------------------------------------------------------------------------------------------------------------------
 # grad_affine: grad_x = factor * (((dy - shift) - rest) - (x - center) * slope); where a fused ReLU was off, dy is 0.
+# Through constant statistics (training is False) it is factor * dy, whatever x holds.
 # ---------------------------------------------------------------------------------------------------------------------
 
 cdef inline void grad_affine_strip(
@@ -723,21 +724,24 @@ cdef inline void grad_affine_strip(
     Py_ssize_t n_columns,
     const floating* coefs,     # IN   at CENTER, SCALE, OFFSET, FACTOR, SLOPE, SHIFT, REST
     bint relu,
+    bint training,
     floating* grad_x,          # OUT  may be dy: the strip is read before it is written
 ) noexcept nogil:
     cdef floating strip[STRIP]
+    cdef floating g
     cdef Py_ssize_t j
     for j in range(n_columns):
-        strip[j] = coefs[FACTOR + j] * (
-            ((gate(dy[j], x[j], coefs + j, relu) - coefs[SHIFT + j]) - coefs[REST + j])
-            - (x[j] - coefs[CENTER + j]) * coefs[SLOPE + j])
+        g = gate(dy[j], x[j], coefs + j, relu)
+        if training:
+            g = ((g - coefs[SHIFT + j]) - coefs[REST + j]) - (x[j] - coefs[CENTER + j]) * coefs[SLOPE + j]
+        strip[j] = coefs[FACTOR + j] * g
     for j in range(n_columns):
         grad_x[j] = strip[j]
 
 
 cdef inline void grad_affine_rows_as(
     const floating* dy, const floating* x, Py_ssize_t length, Py_ssize_t width,
-    const floating* coefs, bint relu, floating* grad_x,
+    const floating* coefs, bint relu, bint training, floating* grad_x,
 ) noexcept nogil:
     cdef Py_ssize_t row, i, j, n
     if width == STRIP:
@@ -746,8 +750,8 @@ cdef inline void grad_affine_rows_as(
             i = row * STRIP
             prefetch(dy + i + AHEAD)
             prefetch(x + i + AHEAD)
-            grad_affine_strip(dy + i, x + i, STRIP, coefs, relu, grad_x + i)
-        grad_affine_strip(dy + n, x + n, length - n, coefs, relu, grad_x + n)
+            grad_affine_strip(dy + i, x + i, STRIP, coefs, relu, training, grad_x + i)
+        grad_affine_strip(dy + n, x + n, length - n, coefs, relu, training, grad_x + n)
         return
     for row in range(ceil_div(length, width)):
         i = row * width
@@ -756,24 +760,28 @@ cdef inline void grad_affine_rows_as(
         while j + STRIP <= n:
             prefetch(dy + i + j + AHEAD)
             prefetch(x + i + j + AHEAD)
-            grad_affine_strip(dy + i + j, x + i + j, STRIP, coefs + j, relu, grad_x + i + j)
+            grad_affine_strip(dy + i + j, x + i + j, STRIP, coefs + j, relu, training, grad_x + i + j)
             j += STRIP
-        grad_affine_strip(dy + i + j, x + i + j, n - j, coefs + j, relu, grad_x + i + j)
+        grad_affine_strip(dy + i + j, x + i + j, n - j, coefs + j, relu, training, grad_x + i + j)
 
 
 cdef void grad_affine_rows(
     const floating* dy, const floating* x, Py_ssize_t length, Py_ssize_t width,
-    const floating* coefs, bint relu, floating* grad_x,
+    const floating* coefs, bint relu, bint training, floating* grad_x,
 ) noexcept nogil:
-    if relu:
-        grad_affine_rows_as(dy, x, length, width, coefs, True, grad_x)
+    if relu and training:
+        grad_affine_rows_as(dy, x, length, width, coefs, True, True, grad_x)
+    elif relu:
+        grad_affine_rows_as(dy, x, length, width, coefs, True, False, grad_x)
+    elif training:
+        grad_affine_rows_as(dy, x, length, width, coefs, False, True, grad_x)
     else:
-        grad_affine_rows_as(dy, x, length, width, coefs, False, grad_x)
+        grad_affine_rows_as(dy, x, length, width, coefs, False, False, grad_x)
 
 
 cdef inline void grad_affine_run(
     const floating* dy, const floating* x, Py_ssize_t length, Py_ssize_t width, const floating* coefs, bint relu,
-    bint stream, floating* buffer, floating* grad_x,
+    bint training, bint stream, floating* buffer, floating* grad_x,
 ) noexcept nogil:
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     cdef Py_ssize_t piece, i, n, step = ROWS * TILE // width * width
@@ -783,7 +791,7 @@ cdef inline void grad_affine_run(
     for piece in range(ceil_div(length, step)):
         i = piece * step
         n = min(step, length - i)
-        grad_affine_rows(dy + i, x + i, n, width, coefs, relu, buffer)
+        grad_affine_rows(dy + i, x + i, n, width, coefs, relu, training, buffer)
         if stream:
             stream_copy(grad_x + i, buffer, n * sizeof(floating))
 
@@ -793,7 +801,7 @@ cdef void grad_affine_task(
     const Plan* plan, Py_ssize_t chunk, Py_ssize_t tile,
     const floating* channel_coefs,  # IN   (3, channels): center, scale, offset
     const floating* linear,         # IN   (4, channels): factor, slope, shift, rest
-    bint relu, bint stream,
+    bint relu, bint training, bint stream,
     floating* grad_x, Py_ssize_t grad_x_stride,
 ) noexcept nogil:
     cdef floating coefs[7 * TILE]
@@ -815,15 +823,15 @@ cdef void grad_affine_task(
                 for c in range(channels):
                     i = c * plan.inner + block.start
                     grad_affine_run(dy + r * dy_stride + i, x + r * x_stride + i, block.length, LANES,
-                                    coefs + c * LANES, relu, stream, buffer, grad_x + r * grad_x_stride + i)
+                                    coefs + c * LANES, relu, training, stream, buffer, grad_x + r * grad_x_stride + i)
         elif dy_stride == width and x_stride == width and grad_x_stride == width:
             i = block.row * width
             grad_affine_run(dy + i, x + i, block.n_rows * width, plan.fold * width, coefs, relu,
-                            stream, buffer, grad_x + i)
+                            training, stream, buffer, grad_x + i)
         else:
             for r in range(block.row, block.row + block.n_rows):
                 grad_affine_run(dy + r * dy_stride, x + r * x_stride, width, width, coefs, relu,
-                                stream, buffer, grad_x + r * grad_x_stride)
+                                training, stream, buffer, grad_x + r * grad_x_stride)
     if stream:
         stream_end()
 
@@ -900,14 +908,14 @@ cdef void grad_moments_worker(
 
 cdef void grad_affine_worker(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, const Plan* plan,
-    const floating* coefs, const floating* linear, bint relu, bint stream,
+    const floating* coefs, const floating* linear, bint relu, bint training, bint stream,
     floating* grad_x, Py_ssize_t grad_x_stride,
 ) noexcept nogil:
     cdef int rank = team_rank()
     cdef Py_ssize_t task, n_tasks = plan.n_chunks * plan.n_tiles
     for task in range(share(n_tasks, rank + 1) - 1, share(n_tasks, rank) - 1, -1):
         grad_affine_task(dy, dy_stride, x, x_stride, plan, task // plan.n_tiles, task % plan.n_tiles,
-                         coefs, linear, relu, stream, grad_x, grad_x_stride)
+                         coefs, linear, relu, training, stream, grad_x, grad_x_stride)
 
 
 cdef void batch_norm_backward_worker(
@@ -920,4 +928,4 @@ cdef void batch_norm_backward_worker(
     gradient_channels(plan, share(plan.channels, team_rank()), share(plan.channels, team_rank() + 1),
                       sum_dy, sum_dy_xmu, stats, coefs, training, linear, grads)
     team_barrier()
-    grad_affine_worker(dy, dy_stride, x, x_stride, plan, coefs, linear, relu, stream, grad_x, grad_x_stride)
+    grad_affine_worker(dy, dy_stride, x, x_stride, plan, coefs, linear, relu, training, stream, grad_x, grad_x_stride)

@@ -1,0 +1,32 @@
+# What is done by hand now and then. `make PYTHON=...` for another interpreter; fastbn must be installed in it.
+PYTHON ?= python3
+
+.PHONY: help test lint demo bench-table bench-quick asv-check dashboard
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | column -t -s:
+
+test:  ## the tests
+	$(PYTHON) -m pytest
+
+lint:  ## ruff, cython-lint, mypy
+	$(PYTHON) -m ruff check .
+	cython-lint fastbn
+	$(PYTHON) -m mypy
+
+demo:  ## train on real digits, draw the curves
+	$(PYTHON) -m fastbn demo
+
+bench-table:  ## measure everything, write docs/benchmarks.md and its picture; needs a quiet machine
+	$(PYTHON) -m fastbn bench --markdown docs/benchmarks.md --plot docs/benchmarks.png
+
+bench-quick:  ## the same in short, on small arrays, on the terminal
+	$(PYTHON) -m fastbn bench --quick
+
+asv-check:  ## import the asv suite and check it
+	$(PYTHON) -m asv check -E existing:$(shell command -v $(PYTHON))
+
+dashboard:  ## measure the last eight commits, each in its own environment, and make the pages; then `asv preview`
+	$(PYTHON) -m asv machine --yes
+	$(PYTHON) -m asv run --skip-existing-successful HEAD~8..HEAD
+	$(PYTHON) -m asv publish
