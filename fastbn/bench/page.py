@@ -14,20 +14,19 @@ HOW = """\
 Every implementation runs in its own process, with the same number of threads, on arrays of the same normal random
 numbers about 3. In each round every side runs once, in turns that rotate: one call that does not count, then calls in a
 loop, each result alive until the next one is there. A sample is one call, or the mean of several where they are short;
-there are up to 9 in a round. A figure is the median of all of them, in milliseconds per call. Ratios are of medians; above 1, fastbn is faster. `fastbn` stands for its first backend of the table. Sizes and GB are
-decimal.
+there are up to 9 in a round. A figure is the median of all of them, in milliseconds per call. Ratios are of medians;
+above 1, fastbn is faster. `fastbn` stands for its first backend of the table. Sizes and GB are decimal.
 
 The roofline is what the operation must move at the least, as bare passes over the same arrays in the same process as
 fastbn: a read is `np.max`, the copy `np.copyto`, the two-input pass `np.add(a, b, out=c)`, each cut among the threads
-(NumPy releases the interpreter in them). The copy is the C library's `memcpy`, whose stores bypass the cache where glibc
-finds a piece too large for it. Training forward: read x, copy x to out. Backward: read both inputs, then the two-input pass. Inference:
-the copy. Moments: the read. GB/s counts the bytes of these passes for every side alike. Below 16 MB there is no
-roofline: sharing a pass among threads would take as long as the pass.
+(NumPy releases the interpreter in them). The copy is the C library's `memcpy`, whose stores bypass the cache where
+glibc finds a piece too large for it. Training forward: read x, copy x to out. Backward: read both inputs, then the
+two-input pass. Inference: the copy. Moments: the read. GB/s counts the bytes of these passes for every side alike.
+Below 16 MB there is no roofline: sharing a pass among threads would take as long as the pass.
 
-As users call it means that outputs are fresh in every call; where a peer has no `out=`, its column has no figure.
-PyTorch: `torch.native_batch_norm` and its backward, which its layers call, and `nn.BatchNorm*d` with `autograd.grad`.
-JAX: two-pass batch normalization under `jax.jit`. NumPy: `x.mean(0), x.var(0)`. scikit-learn:
-`StandardScaler().fit(x)`.
+As users call it means without `out=`; where a peer has no `out=`, its column has no figure. PyTorch:
+`torch.native_batch_norm` and its backward, which its layers call, and `nn.BatchNorm*d` with `autograd.grad`. JAX:
+two-pass batch normalization under `jax.jit`. NumPy: `x.mean(0), x.var(0)`. scikit-learn: `StandardScaler().fit(x)`.
 """
 
 

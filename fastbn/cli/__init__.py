@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -29,6 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = arguments.run(arguments)
     except KeyboardInterrupt:
-        print("\ninterrupted")
+        print("\ninterrupted", file=sys.stderr)
         return 130
     return status

@@ -27,6 +27,7 @@ def png(without: Curve, with_norm: Curve, two: PartTwo) -> bytes:
 
 
 def draw(without: Curve, with_norm: Curve, two: PartTwo) -> Figure:
+    """Six panels: part one above and at the left, part two at the right below."""
     figure = Figure(figsize=(11, 6.4), layout="constrained")
     FigureCanvasAgg(figure)  # draws without a display
     panels = figure.subplots(2, 3)
@@ -39,9 +40,11 @@ def draw(without: Curve, with_norm: Curve, two: PartTwo) -> Figure:
     _gamma_beta(panels[1, 0], with_norm)
     _ends(panels[1, 1], two.raw.std, two.itself.gamma, two.labels.gamma, 1.0)
     std = r"$\sqrt{\mathrm{var}+\epsilon}$ of the unit"
-    panels[1, 1].set(title="(e) where SGD drove gamma", xlabel=std, ylabel=r"$\gamma$")
+    panels[1, 1].set(title="(e) where SGD drove gamma", xlabel=std)
+    panels[1, 1].set_ylabel(r"$\gamma$", rotation=0, labelpad=10)
     _ends(panels[1, 2], two.raw.mean, two.itself.beta, two.labels.beta, 0.0)
-    panels[1, 2].set(title="(f) where SGD drove beta", xlabel="mean of the unit", ylabel=r"$\beta$")
+    panels[1, 2].set(title="(f) where SGD drove beta", xlabel="mean of the unit")
+    panels[1, 2].set_ylabel(r"$\beta$", rotation=0, labelpad=10)
     panels[1, 2].legend(frameon=False, fontsize=9)  # for (e) too, where there is no room
     return figure
 
@@ -64,7 +67,7 @@ def _percentiles(axes: Any, curve: Curve, color: str, title: str, limits: tuple[
     axes.fill_between(curve.steps, low, high, color=color, alpha=0.15, linewidth=0)
     for values, name in ((low, "15"), (middle, "50"), (high, "85")):
         axes.plot(curve.steps, values, color=color, linewidth=1.6 if name == "50" else 0.9)
-        axes.annotate(f"{name} %", (curve.steps[-1], values[-1]), xytext=(3, 0), textcoords="offset points",
+        axes.annotate(f"{name}%", (curve.steps[-1], values[-1]), xytext=(3, 0), textcoords="offset points",
                       va="center", fontsize=8, color=color)
     axes.set(title=title, xlabel="step", ylabel="input of one sigmoid", ylim=limits)
 

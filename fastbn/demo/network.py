@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # a requirement of scikit-learn
+from threadpoolctl import threadpool_limits  # a requirement of scikit-learn
 
 import fastbn
 

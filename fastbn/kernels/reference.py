@@ -25,8 +25,10 @@ def _moments(x):
     x = _wide(x)
     first = x[0, :, 0]
     # About the first value rather than 0, so that a constant channel has deviations of exactly 0.
-    mean = first + _sum(x - _column(first)) / (x.shape[0] * x.shape[2])
-    return mean, _sum((x - _column(mean)) ** 2)
+    n = x.shape[0] * x.shape[2]
+    mean = first + _sum(x - _column(first)) / n
+    deviation = x - _column(mean)
+    return mean, _sum(deviation**2) - _sum(deviation) ** 2 / n  # less what the rounding of the mean adds
 
 
 def _affine(x, center, scale, offset, relu):
