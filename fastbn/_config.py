@@ -54,17 +54,20 @@ def show_config(as_dict: bool = False) -> dict[str, Any] | None:
 
 def as_text(found: dict[str, Any]) -> str:
     isa = found["instruction_set"]
+    openmp = {True: "yes", False: "no, the Cython kernels run on one thread", None: "no compiled kernels"}
     lines = [
         ("fastbn", found["fastbn"]),
         ("Python", f"{found['python']}, NumPy {found['numpy']}, {found['machine']}"),
-        *(
-            (f"backend {name}", "available" + (", chosen by auto" if name == found["auto"] else "")
-             if state["available"] else f"missing: {state['reason']}")
-            for name, state in found["backends"].items()
-        ),
-        ("instruction set", f"{isa['chosen']}{' (forced by FASTBN_ISA)' if isa['forced'] else ''}; compiled: "
-                            f"{', '.join(isa['compiled'])}; widest found: {isa['found']}" if isa else "no compiled kernels"),
-        ("OpenMP", {True: "yes", False: "no, the Cython kernels run on one thread", None: "no compiled kernels"}[found["openmp"]]),
+    ]
+    for name, state in found["backends"].items():
+        chosen = ", chosen by auto" if name == found["auto"] else ""
+        lines.append((f"backend {name}", f"available{chosen}" if state["available"] else f"missing: {state['reason']}"))
+    if isa:
+        forced = " (forced by FASTBN_ISA)" if isa["forced"] else ""
+        compiled = ", ".join(isa["compiled"])
+        lines.append(("instruction set", f"{isa['chosen']}{forced}; compiled: {compiled}; widest found: {isa['found']}"))
+    lines += [
+        ("OpenMP", openmp[found["openmp"]]),
         ("threads", f"{found['threads']['count']} (from: {found['threads']['source']})"),
     ]
     return "\n".join(f"{name + ':':17} {value}" for name, value in lines)

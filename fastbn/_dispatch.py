@@ -139,7 +139,7 @@ _in_forked_child = False
 
 
 def _after_fork() -> None:
-    # A child inherits OpenMP's bookkeeping but none of its threads; its next parallel region would wait for them forever.
+    # A child inherits OpenMP's bookkeeping but none of its threads: its next parallel region would wait forever.
     global _in_forked_child
     _in_forked_child = True
 

@@ -94,6 +94,20 @@ def test_eps(backend, dtype, eps):
     check_backward(fastbn.batch_norm_backward(grad_y, saved, backend=backend), exact.backward(grad_y), dtype)
 
 
+def test_the_relu_is_off_at_exactly_0(backend, dtype):
+    x, grad_y = np.array([[1], [3], [5]], dtype), np.array([[1], [2], [4]], dtype)
+    y, saved = fastbn.batch_norm(x, activation="relu", backend=backend)
+    assert (y[:2] == 0).all()
+    assert y[2] > 0
+    _, grad_gamma, grad_beta = fastbn.batch_norm_backward(grad_y, saved, backend=backend)
+    assert grad_beta == 4
+    assert_close(grad_gamma, 4 * 2 * saved.invstd, "grad_gamma", dtype)
+    constant, saved = fastbn.batch_norm(np.full((9, 2), 7, dtype), activation="relu", backend=backend)
+    assert (constant == 0).all()
+    for gradient in fastbn.batch_norm_backward(np.ones((9, 2), dtype), saved, backend=backend):
+        np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
+
+
 def test_grad_y_and_x_of_different_memory_orders(backend, dtype):
     x, grad_y, gamma, beta, axis = drawn("NCHW", dtype)
     exact = Exact(x, gamma, beta, axis=axis).backward(grad_y)

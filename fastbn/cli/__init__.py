@@ -1,4 +1,4 @@
-"""The command line: fastbn info | demo. Each subcommand is one module, imported when it is asked for."""
+"""The command line: fastbn info | demo | bench. Each subcommand is one module, imported when it is asked for."""
 
 from __future__ import annotations
 
