@@ -25,7 +25,7 @@ print(time.perf_counter() - t)
 def seconds(program, **environment):
     """What a program prints, run with the fastbn that is imported here."""
     environment = {**os.environ, "PYTHONPATH": str(Path(fastbn.__file__).parents[1]), **environment}
-    command = [sys.executable, "-c", program]
+    command = [sys.executable, "-P", "-c", program]  # -P: not the source folder that it may be started in
     return float(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 

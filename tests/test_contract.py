@@ -161,6 +161,27 @@ def test_drivers(kernels, data, rng, dtype, training):
     assert_close(grads[1], gradients.grad_beta, "grad_beta", dtype, gradients.grad_beta_terms)
 
 
+TAILS = [(7 + i % 9, 257 + i, 1) for i in range(17)] + [(5, 3, 2 + i) for i in range(47)]
+
+
+def test_every_tail(kernels, dtype):
+    """Widths and row counts that leave 0, 1, 2, ... over from the steps of the loops."""
+    rng = np.random.default_rng(8)
+    for shape in TAILS:
+        x, grad_y = rng.standard_normal((2, *shape)).astype(dtype)
+        exact = Exact(x)
+        y, stats, coefs = nans(shape, dtype), nans((3, shape[1])), nans((3, shape[1]), dtype)
+        kernels.batch_norm(x, None, None, 1e-5, False, y, stats, coefs, 1)
+        assert_close(stats[0], exact.mean, "mean", dtype, np.maximum(np.abs(exact.mean), exact.std))
+        assert_close(stats[1], exact.var, "var", dtype)
+        assert_close(y, exact.y, "y", dtype, exact.y_terms)
+        gradients, grads = exact.backward(grad_y), nans((2, shape[1]), dtype)
+        kernels.batch_norm_backward(grad_y, x, stats, coefs, False, True, y, grads, 1)
+        assert_close(y, gradients.grad_x, "grad_x", dtype, gradients.grad_x_terms)
+        assert_close(grads[0], gradients.grad_gamma, "grad_gamma", dtype, gradients.grad_gamma_terms)
+        assert_close(grads[1], gradients.grad_beta, "grad_beta", dtype, gradients.grad_beta_terms)
+
+
 @pytest.mark.parametrize("isa", _dispatch.INSTRUCTION_SETS)
 def test_a_forced_instruction_set_is_the_one_that_runs(run_python, isa):
     load(f"_cython_{isa}")

@@ -251,4 +251,4 @@ def test_a_failed_write_leaves_no_files(tmp_path, capsys, monkeypatch):
 def test_other_commands_do_not_import_what_the_demo_needs():
     code = ("import sys, fastbn.cli; fastbn.cli.main(['info', '--json']); "
             "sys.exit(any(name in sys.modules for name in ('sklearn', 'matplotlib', 'tqdm', 'fastbn.demo')))")
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, stdout=subprocess.DEVNULL)

@@ -218,6 +218,13 @@ def test_import_fastbn_imports_nothing_else(run_python):
     assert not {"numba", "torch", "sklearn", "matplotlib", "tqdm", "jax", "pandas", "scipy"} & set(imported)
 
 
+def test_numba_is_imported_only_where_it_is_chosen(run_python):
+    if fastbn.available_backends()[0] != "cython":
+        pytest.skip("there are no compiled kernels to choose before it")
+    code = "import sys, fastbn; fastbn.batch_norm([[1.0], [2.0]]); fastbn.BatchNorm(3); print('numba' in sys.modules)"
+    assert run_python(code).stdout == "False\n"
+
+
 def test_an_unbuilt_source_tree_says_what_to_do(tmp_path):
     package = Path(fastbn.__file__).parent
     for path in package.rglob("*.py"):
