@@ -65,7 +65,8 @@ def as_text(found: dict[str, Any]) -> str:
     if isa:
         forced = " (forced by FASTBN_ISA)" if isa["forced"] else ""
         compiled = ", ".join(isa["compiled"])
-        lines.append(("instruction set", f"{isa['chosen']}{forced}; compiled: {compiled}; widest found: {isa['found']}"))
+        text = f"{isa['chosen']}{forced}; compiled: {compiled}; widest found: {isa['found']}"
+        lines.append(("instruction set", text))
     lines += [
         ("OpenMP", openmp[found["openmp"]]),
         ("threads", f"{found['threads']['count']} (from: {found['threads']['source']})"),

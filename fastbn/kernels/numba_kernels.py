@@ -814,8 +814,9 @@ def grad_affine_task(
             for r in range(block.row, block.row + block.n_rows):
                 for c in range(channels):
                     i = c * plan.inner + block.start
-                    grad_affine_run(at(dy, r * dy_stride + i), at(x, r * x_stride + i), block.length, min(block.length, BUFFER),
-                                    at(coefs, c), each, relu, training, route, buffer, at(grad_x, r * grad_x_stride + i))
+                    grad_affine_run(at(dy, r * dy_stride + i), at(x, r * x_stride + i),
+                                    block.length, min(block.length, BUFFER), at(coefs, c), each,
+                                    relu, training, route, buffer, at(grad_x, r * grad_x_stride + i))
         elif dy_stride == width and x_stride == width and grad_x_stride == width:
             i = block.row * width
             grad_affine_run(at(dy, i), at(x, i), block.n_rows * width, plan.fold * width,
