@@ -74,7 +74,7 @@ class BuildKernels(build_ext):
 
 def extensions() -> list[Extension]:
     # sqrt without errno vectorises; results are the same bits.
-    optimise = [] if sys.platform == "win32" else ["-O3", "-fno-math-errno", "-fno-trapping-math"]
+    optimise = [] if sys.platform == "win32" else ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
     return [
         Extension(
             f"fastbn.kernels._cython_{name}",
