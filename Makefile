@@ -28,5 +28,5 @@ asv-check:  ## import the asv suite and check it
 
 dashboard:  ## measure the last eight commits, each in its own environment, and make the pages; then `asv preview`
 	$(PYTHON) -m asv machine --yes
-	$(PYTHON) -m asv run --skip-existing-successful HEAD~8..HEAD
+	git rev-list --max-count=8 HEAD | $(PYTHON) -m asv run --skip-existing-successful HASHFILE:-
 	$(PYTHON) -m asv publish

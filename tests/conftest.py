@@ -1,6 +1,7 @@
 """What all tests share. The judge is in oracle.py, its allowances in tolerances.py, the arrays in layouts.py."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -64,12 +65,18 @@ def run_python(tmp_path):
 
     def run(code, *arguments, status=0, timeout=120, **environment):
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("FASTBN_", "OMP_"))}
-        result = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, *arguments] if code is None else [sys.executable, "-c", code, *arguments],
-            env=inherited | {"PYTHONPATH": str(Path(fastbn.__file__).parents[1])} | environment,
-            cwd=tmp_path, capture_output=True, text=True, timeout=timeout, check=False,
+            env=inherited | {"PYTHONPATH": str(Path(fastbn.__file__).parents[1])} | environment, cwd=tmp_path,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )
-        assert result.returncode == status, f"exit status {result.returncode}\n{result.stdout}\n{result.stderr}"
-        return result
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # its children, too, which may be what hangs
+            process.communicate()
+            raise
+        assert process.returncode == status, f"exit status {process.returncode}\n{out}\n{err}"
+        return subprocess.CompletedProcess(process.args, status, out, err)
 
     return run

@@ -99,6 +99,14 @@ def test_roofline_passes_touch_all_of_the_arrays():
     assert side.prepare("forward-out", Data(Case("forward-out", (40, 6)))) is None
 
 
+def test_other_programs_are_told_of(capfd, monkeypatch):
+    monkeypatch.setattr("fastbn.bench.machine._ticks", iter([(0, 0), (10, 6), (10, 6), (30, 26)]).__next__)
+    assert run("--quick", "--rounds=1", "--ops=moments", "--shapes=300x5", "--peers=none", "--backends=cython") == 0
+    out, err = capfd.readouterr()
+    assert "other programs take 40% of the processors" in err
+    assert "took 40% and 0% of the processors before and after the run" in out
+
+
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_data_have_the_layout_they_should(layout):
     d = Data(Case("moments", (300, 5), "float64", layout))
@@ -187,11 +195,11 @@ def test_missing_backends_and_peers_are_named(capfd, monkeypatch):
 
 
 def test_an_interrupt_leaves_no_process(monkeypatch):
-    def interrupt(seconds):
+    def interrupt(calls):
         assert multiprocessing.active_children()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(measure.time, "sleep", interrupt)
+    monkeypatch.setattr(measure, "split", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run("--shapes", "24x8", "--peers", "numpy", "--backends", "cython")
     assert not multiprocessing.active_children()

@@ -70,8 +70,8 @@ print("right")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.parametrize("code", [FORK, MULTIPROCESSING], ids=["os.fork", "multiprocessing"])
 def test_a_forked_child_computes_the_same(run_python, compiled, code):
-    assert run_python(code, compiled, timeout=120).stdout == "right\n"
+    assert run_python(code, compiled, timeout=90).stdout == "right\n"
 
 
 def test_8_python_threads_at_once(run_python, backend):
-    assert run_python(THREADS, backend, timeout=120).stdout == "right\n"
+    assert run_python(THREADS, backend, timeout=90).stdout == "right\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import time
 from pathlib import Path
 
 CPUS = Path("/sys/devices/system/cpu")
@@ -38,6 +39,20 @@ def cache_bytes() -> dict[str, int]:
     """The same in bytes."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
     return {name: int(size[:-1]) * units[size[-1]] for name, size in caches().items() if size[-1:] in units}
+
+
+def busy(seconds: float = 0.5) -> float | None:
+    """The share of all processors' time that programs take just now, from 0 to 1; None where that cannot be told."""
+    before = _ticks()
+    time.sleep(seconds)
+    total, idle = (after - earlier for after, earlier in zip(_ticks(), before, strict=True))
+    return 1 - idle / total if total > 0 else None
+
+
+def _ticks() -> tuple[int, int]:
+    """All ticks of the processors since the start, and the idle ones among them."""
+    ticks = [int(word) for word in _first_match("/proc/stat", r"cpu +([\d ]+)").split()]
+    return sum(ticks[:8]), sum(ticks[3:5])
 
 
 def _usable() -> list[int]:

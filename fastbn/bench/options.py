@@ -17,7 +17,7 @@ from fastbn.bench.measure import REFERENCE_BYTES, Plan, installed_peers
 from fastbn.bench.worker import PEERS
 
 T = TypeVar("T")
-ROUNDS, SECONDS = 9, 0.05
+ROUNDS, SECONDS = 7, 0.05
 QUICK_ROUNDS, QUICK_SECONDS, QUICK_BYTES = 3, 0.01, 20e6
 
 

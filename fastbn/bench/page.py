@@ -39,6 +39,7 @@ class Run:
     machine: dict[str, str]
     versions: dict[str, str]
     missing: tuple[str, ...]
+    others: list[float]  # the share of the processors that other programs took, before the run and after it
     plan: Plan
     results: list[Result]
 
@@ -50,9 +51,14 @@ def facts(run: Run) -> dict[str, str]:
         "threads": str(run.plan.threads),
         "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
         **({"missing": ", ".join(run.missing) + " (not installed)"} if run.missing else {}),
+        **({"other programs": _shares(run.others)} if run.others else {}),
         "rounds": f"{run.plan.rounds}, with about {run.plan.seconds * 1e3:g} ms of calls per side each",
         "date": run.date,
     }
+
+
+def _shares(others: list[float]) -> str:
+    return "took " + " and ".join(f"{share:.0%}" for share in others) + " of the processors before and after the run"
 
 
 def text(run: Run) -> str:
@@ -81,6 +87,7 @@ def as_json(run: Run) -> str:
         "machine": run.machine,
         "versions": run.versions,
         "missing": run.missing,
+        "other_programs": run.others,
         "threads": run.plan.threads,
         "rounds": run.plan.rounds,
         "results": [_result(result) for result in run.results],

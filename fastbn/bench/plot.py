@@ -22,20 +22,21 @@ COLORS = {  # Okabe and Ito's palette, told apart by colour-blind readers
 def draw(results: list[Result], path: str) -> None:
     """Write the picture; the name's ending says in which format."""
     ops = [op for op in OPS if op not in ON_REQUEST and any(result.case.op == op for result in results)]
+    sizes = [result.case.nbytes for result in results if result.case.op in ops] or [1]
     columns = min(3, max(1, len(ops)))
     rows = max(1, -(-len(ops) // columns))
     figure = Figure(figsize=(4.6 * columns, 3.3 * rows + 0.7), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes, op in zip(grid.flat, ops, strict=False):
-        _panel(axes, op, [result for result in results if result.case.op == op])
+        _panel(axes, op, [result for result in results if result.case.op == op], (min(sizes) / 2, max(sizes) * 2))
     for axes in list(grid.flat)[len(ops):]:
         axes.remove()
     _legend(figure, grid)
     figure.savefig(Path(path), dpi=130)
 
 
-def _panel(axes: Any, op: str, results: list[Result]) -> None:
+def _panel(axes: Any, op: str, results: list[Result], sizes: tuple[float, float]) -> None:
     labels = dict.fromkeys(label for result in results for label in result.samples)
     for label in sorted(labels, key=lambda one: list(COLORS).index(one)):
         known = sorted((result for result in results if label in result.seconds), key=lambda one: one.case.nbytes)
@@ -45,8 +46,9 @@ def _panel(axes: Any, op: str, results: list[Result]) -> None:
             style |= {"linestyle": "--", "linewidth": 1.8, "zorder": 5}
         axes.plot(*_points(plain, label), marker="" if label == "roofline" else "o", markersize=4, label=label, **style)
         others = [one for one in known if not _is_plain(one)]
-        axes.plot(*_points(others, label), "_" if label == "roofline" else "D", markersize=5, fillstyle="none", **style)
-    axes.set(xscale="log", yscale="log")
+        style |= {"marker": "_" if label == "roofline" else "D", "linestyle": "none"}
+        axes.plot(*_points(others, label), markersize=5, fillstyle="none", **style)
+    axes.set(xscale="log", yscale="log", xlim=sizes)
     axes.set_title(f"{op}: {OPS[op].split(':')[0]}", fontsize=9)
     axes.grid(True, which="major", alpha=0.3)
     axes.xaxis.set_major_formatter(FuncFormatter(_bytes))

@@ -15,11 +15,16 @@ from fastbn.bench.measure import Result, measure
 from fastbn.bench.options import Options
 from fastbn.bench.process import Processes, WorkerError
 
+BUSY = 0.1  # the share of the processors from which on other programs spoil a measurement
+
 
 def run(options: Options) -> int:
     """Measure, print, write; 1 where a side failed, else 0."""
+    disturbed = [machine.busy()]
+    _warn_if_busy(disturbed[0])
     with _Progress(options.cases) as progress, Processes(options.plan.threads, _together(options)) as processes:
         results = measure(options.cases, options.plan, processes, progress.tick)
+        disturbed.append(machine.busy())
         versions = _versions(options, results, processes)
     found = page.Run(
         command=shlex.join(["fastbn", *sys.argv[1:]]),
@@ -27,6 +32,7 @@ def run(options: Options) -> int:
         machine=machine.describe(),
         versions=versions,
         missing=options.missing,
+        others=[share for share in disturbed if share is not None],
         plan=options.plan,
         results=results,
     )
@@ -38,6 +44,14 @@ def run(options: Options) -> int:
     if options.markdown:
         Path(options.markdown).write_text(page.markdown(found, _seen_from_page(options)), encoding="utf-8")
     return 1 if any(result.errors for result in results) else 0
+
+
+def _warn_if_busy(share: float | None) -> None:
+    if share is not None and share > BUSY:
+        print(
+            f"fastbn bench: other programs take {share:.0%} of the processors; times will be too long and scatter",
+            file=sys.stderr,
+        )
 
 
 def _together(options: Options) -> tuple[str, ...]:

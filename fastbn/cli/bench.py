@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
              "(every other row of a larger array) behind it (default: each operation's own; they take up to 5 GB)",
     )
     parser.add_argument("--threads", metavar="N", help="threads for every side (default: as fastbn's calls)")
-    parser.add_argument("--rounds", metavar="N", help="rounds; figures are their medians (default: 9)")
+    parser.add_argument("--rounds", metavar="N", help="rounds; figures are their medians (default: 7)")
     parser.add_argument("--backends", metavar="NAME,...", help="cython, numba, numpy (default: all that run here)")
     parser.add_argument("--peers", metavar="NAME,...", help="torch, jax, scikit-learn, numpy; none (default: all)")
     parser.add_argument("--quick", action="store_true", help="small arrays, fewer and shorter rounds")
