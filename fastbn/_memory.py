@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-POOLED_BYTES = 8 << 20
+POOLED_BYTES = 1 << 20
 _GRAIN = 1 << 20  # sizes are rounded up to this, so that batches of nearly the same size share blocks
 _ALIGN = 64
 
@@ -91,6 +91,9 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
             raw = np.empty(size, np.uint8)
     start = -raw.ctypes.data % _ALIGN
     return np.asarray(_Block(raw))[start:start + nbytes].view(dtype).reshape(shape)
+
+
+SOURCE = (POOLED_BYTES, empty)  # what the compiled whole calls make their outputs with
 
 
 def _take(size: int) -> NDArray[np.uint8] | None:

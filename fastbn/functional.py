@@ -121,7 +121,7 @@ def batch_norm(
     kernels = _dispatch.kernels(backend)
     threads = _dispatch.thread_count(num_threads)
     whole = getattr(kernels, "whole_batch_norm", None)
-    done = whole and whole(x, gamma, beta, axis, eps, activation, out, threads, _memory.POOLED_BYTES)
+    done = whole and whole(x, gamma, beta, axis, eps, activation, out, threads, *_memory.SOURCE)
     if done:
         y, count, in_place, stats, coefs = done
         return y, Saved(x, axis, count, activation is not None, True, in_place, stats, coefs)
@@ -198,7 +198,7 @@ def normalize(
     kernels = _dispatch.kernels(backend)
     threads = _dispatch.thread_count(num_threads)
     whole = getattr(kernels, "whole_batch_norm_inference", None)
-    done = whole and whole(x, mean, var, gamma, beta, axis, eps, activation, out, threads, _memory.POOLED_BYTES)
+    done = whole and whole(x, mean, var, gamma, beta, axis, eps, activation, out, threads, *_memory.SOURCE)
     if done:
         y, count, in_place, stats, coefs = done
         return y, Saved(x, axis, count, activation is not None, False, in_place, stats, coefs)
@@ -274,7 +274,7 @@ def batch_norm_backward(
     x = saved.x
     whole = getattr(kernels, "whole_batch_norm_backward", None)
     done = whole and whole(
-        grad_y, x, saved.axis, saved.stats, saved.coefs, saved.relu, saved.training, out, threads, _memory.POOLED_BYTES
+        grad_y, x, saved.axis, saved.stats, saved.coefs, saved.relu, saved.training, out, threads, *_memory.SOURCE
     )
     if done:
         grad_x, grads = done

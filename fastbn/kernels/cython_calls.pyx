@@ -304,7 +304,8 @@ def batch_norm_backward(
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole calls, checks and all, for plain arguments: C-contiguous native arrays of one dtype. At 64 x 128 the general way
 # through functional.py and _layout.py costs 27 us, the kernel 6 us. They answer None, with nothing done, to whatever
-# they do not know; the general way takes it, and raises the errors. New outputs are made here below `small` bytes.
+# they do not know; the general way takes it, and raises the errors. New outputs of `pooled` bytes and more come from
+# `empty`, smaller ones are made here.
 # ---------------------------------------------------------------------------------------------------------------------
 
 cdef inline bint is_plain(x) noexcept:
@@ -331,11 +332,9 @@ cdef inline bint is_apart(cnp.ndarray a, cnp.ndarray b) noexcept:
     return start_a + cnp.PyArray_NBYTES(a) <= start_b or start_b + cnp.PyArray_NBYTES(b) <= start_a
 
 
-cdef inline bint is_plain_output(out, cnp.ndarray source, Py_ssize_t small) noexcept:
-    """out is None (for fewer bytes than `small`), source itself, or a plain array apart from it."""
-    if out is None:
-        return cnp.PyArray_NBYTES(source) < small
-    return (
+cdef inline bint is_plain_output(out, cnp.ndarray source) noexcept:
+    """out is None, source itself, or a plain array apart from it."""
+    return out is None or (
         is_plain_like(out, source) and cnp.PyArray_ISWRITEABLE(<cnp.ndarray>out)
         and (cnp.PyArray_DATA(<cnp.ndarray>out) == cnp.PyArray_DATA(source) or is_apart(<cnp.ndarray>out, source)))
 
@@ -356,7 +355,9 @@ cdef Plan plain_plan(cnp.ndarray x, axis):
     return make_plan(outer, cnp.PyArray_DIM(x, at), inner)
 
 
-cdef inline cnp.ndarray new_like(cnp.ndarray x):
+cdef inline cnp.ndarray new_like(cnp.ndarray x, Py_ssize_t pooled, empty):
+    if cnp.PyArray_NBYTES(x) >= pooled:
+        return empty((<object>x).shape, (<object>x).dtype)
     return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
 
 
@@ -383,7 +384,7 @@ cdef inline bint copy_statistics(values, Py_ssize_t channels, double* target) no
 
 def whole_batch_norm(
     x, gamma, beta, axis, eps, activation, out, int num_threads,
-    Py_ssize_t small,
+    Py_ssize_t pooled, empty,
 ):
     """(y, count, whether in place, stats, coefs), or None."""
     cdef cnp.ndarray y, stats, coefs
@@ -395,9 +396,9 @@ def whole_batch_norm(
     typenum = cnp.PyArray_TYPE(<cnp.ndarray>x)
     if not (plan.channels and plan.outer * plan.inner > 1 and 0 <= <double>eps < INFINITY
             and is_plain_vector(gamma, plan.channels, typenum) and is_plain_vector(beta, plan.channels, typenum)
-            and is_plain_output(out, x, small)):
+            and is_plain_output(out, x)):
         return None
-    y = new_like(x) if out is None else out
+    y = new_like(x, pooled, empty) if out is None else out
     stats = new_rows(3, plan.channels, cnp.NPY_FLOAT64)
     coefs = new_rows(3, plan.channels, typenum)
     if typenum == cnp.NPY_FLOAT32:
@@ -415,7 +416,7 @@ def whole_batch_norm(
 
 def whole_batch_norm_inference(
     x, mean, var, gamma, beta, axis, eps, activation, out, int num_threads,
-    Py_ssize_t small,
+    Py_ssize_t pooled, empty,
 ):
     """(y, count, whether in place, stats, coefs), or None."""
     cdef cnp.ndarray y, stats, coefs
@@ -429,7 +430,7 @@ def whole_batch_norm_inference(
     typenum = cnp.PyArray_TYPE(<cnp.ndarray>x)
     if not (plan.channels and 0 <= <double>eps < INFINITY
             and is_plain_vector(gamma, plan.channels, typenum) and is_plain_vector(beta, plan.channels, typenum)
-            and is_plain_output(out, x, small)):
+            and is_plain_output(out, x)):
         return None
     stats = new_rows(3, plan.channels, cnp.NPY_FLOAT64)
     statistics = <double*>data_of(stats)
@@ -439,7 +440,7 @@ def whole_batch_norm_inference(
     for c in range(plan.channels):
         if statistics[plan.channels + c] < 0:
             return None
-    y = new_like(x) if out is None else out
+    y = new_like(x, pooled, empty) if out is None else out
     coefs = new_rows(3, plan.channels, typenum)
     if typenum == cnp.NPY_FLOAT32:
         launch_inference[float](
@@ -456,20 +457,20 @@ def whole_batch_norm_inference(
 
 def whole_batch_norm_backward(
     grad_y, x, axis, cnp.ndarray stats, cnp.ndarray coefs, bint relu, bint training, out, int num_threads,
-    Py_ssize_t small,
+    Py_ssize_t pooled, empty,
 ):
     """(grad_x, grads), or None."""
     cdef cnp.ndarray grad_x, grads
     cdef Plan plan
     cdef int typenum
-    if not (is_plain(x) and is_plain_like(grad_y, x) and is_plain_output(out, grad_y, small)
+    if not (is_plain(x) and is_plain_like(grad_y, x) and is_plain_output(out, grad_y)
             and (out is None or is_apart(out, x))):
         return None
     plan = plain_plan(x, axis)
     if not plan.channels:
         return None
     typenum = cnp.PyArray_TYPE(<cnp.ndarray>x)
-    grad_x = new_like(x) if out is None else out
+    grad_x = new_like(x, pooled, empty) if out is None else out
     grads = new_rows(2, plan.channels, typenum)
     if typenum == cnp.NPY_FLOAT32:
         launch_batch_norm_backward[float](

@@ -15,6 +15,7 @@ cdef extern from "machine.h" nogil:
     int team_size()
     void team_barrier()
     void prefetch(const void* address)
+    void prefetch_write(const void* address)
     void stream_copy(void* target, const void* source, size_t bytes)
     void stream_end()
 
@@ -32,7 +33,7 @@ cdef enum:
     BLOCK_INNER = 8192    # inner elements a channel a block
     PIVOT_ROWS = 4        # wide rows whose mean is the pivot
     PIVOT_INNER = 256     # the same along the inner axis
-    AHEAD = 512           # elements that the elementwise passes fetch ahead: 10 to 25 % from 16 MB up
+    AHEAD = 512           # elements that the elementwise passes fetch ahead: 10 to 25 % from 4 MB up
     MAX_CHUNKS = 64       # partial results a channel, at most; so also the threads that can share a column
     SERIAL_BYTES = 65536  # a thread's fair share: below it, waking the thread costs more than it saves
     STREAM_BYTES = 1 << 24  # outputs from here on bypass the caches
@@ -314,7 +315,7 @@ cdef void moments_task(
     cdef Py_ssize_t c, index, c0 = tile * plan.tile
     cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
     cdef Py_ssize_t k_rows, k_length
-    cdef double n, count = 0
+    cdef double n, weight, count = 0
     cdef Block block
     cdef const floating* first
     mean += c0
@@ -330,16 +331,18 @@ cdef void moments_task(
         k_length = min(block.length, PIVOT_INNER)
         k_rows = min(block.n_rows, ceil_div(PIVOT_INNER, k_length) if plan.by_inner else PIVOT_ROWS * plan.fold)
         sums_block(first, stride, k_rows, k_length, channels, plan, buffer, pivot, s1, s2)
+        weight = 1 / (<double>k_rows * k_length)  # multiplied by: three divisions a channel took a fifth of a block
         for c in range(channels):
-            mean_b[c] += s1[c] / (k_rows * k_length)
+            mean_b[c] += s1[c] * weight
             pivot[c] = mean_b[c]
         spread(pivot, channels, plan.repeat, plan.fold)
 
         sums_block(first, stride, block.n_rows, block.length, channels, plan, buffer, pivot, s1, s2)
         n = <double>block.n_rows * block.length
+        weight = 1 / n
         for c in range(channels):
-            mean_b[c] += s1[c] / n
-            s2[c] -= s1[c] * s1[c] / n
+            mean_b[c] += s1[c] * weight
+            s2[c] -= s1[c] * (s1[c] * weight)
         merge_moments(count, mean, m2, n, mean_b, s2, channels)
         count += n
 
@@ -382,10 +385,14 @@ cdef void normalize_channels(
     cdef floating* center = coefs
     cdef floating* scale = coefs + channels
     cdef floating* offset = coefs + 2 * channels
+    # Loops of few arrays, which the compiler can tell apart and so vectorises: at 4096 channels
+    # they were a quarter of a call.
+    for c in range(c0, c1):
+        var[c] = m2[c] / n
+    for c in range(c0, c1):
+        invstd[c] = 1 / sqrt(var[c] + eps)
     for c in range(c0, c1):
         stats[c] = mean[c]
-        var[c] = m2[c] / n
-        invstd[c] = 1 / sqrt(var[c] + eps)
         center[c] = <floating>mean[c]
     if gamma != NULL:
         for c in range(c0, c1):
@@ -409,19 +416,22 @@ cdef void gradient_channels(
 ) noexcept nogil:
     """The shift, mean(dy) less what center lacks of the mean, in two floats; the factor stays outside, so that the
     slope is about 1 / std and neither under- nor overflows."""
-    cdef Py_ssize_t i, channels = plan.channels
-    cdef double n = <double>plan.outer * plan.inner, slope = 0, shift = 0, invstd
-    for i in range(c0, c1):
-        invstd = stats[2 * channels + i]
-        grads[i] = <floating>(invstd * sum_dy_xmu[i])
-        grads[channels + i] = <floating>sum_dy[i]
-        if training:
-            slope = invstd * (invstd * (sum_dy_xmu[i] / n))
-            shift = sum_dy[i] / n - slope * (stats[i] - coefs[i])
-        linear[i] = coefs[channels + i]
-        linear[channels + i] = <floating>slope
-        linear[2 * channels + i] = <floating>shift
-        linear[3 * channels + i] = <floating>(shift - linear[2 * channels + i])
+    cdef Py_ssize_t c, channels = plan.channels
+    cdef double k, d, n = <double>plan.outer * plan.inner
+    cdef const double* invstd = stats + 2 * channels
+    cdef floating* slope = linear + channels
+    cdef floating* shift = linear + 2 * channels
+    cdef floating* rest = linear + 3 * channels
+    for c in range(c0, c1):
+        grads[c] = <floating>(invstd[c] * sum_dy_xmu[c])
+        grads[channels + c] = <floating>sum_dy[c]
+        linear[c] = coefs[channels + c]
+    for c in range(c0, c1):
+        k = invstd[c] * (invstd[c] * (sum_dy_xmu[c] / n)) if training else 0
+        d = sum_dy[c] / n - k * (stats[c] - coefs[c]) if training else 0
+        slope[c] = <floating>k
+        shift[c] = <floating>d
+        rest[c] = <floating>(d - shift[c])
 
 
 cdef inline void spread_rows(
@@ -456,14 +466,21 @@ cdef inline void affine_strip(
         y[j] = strip[j]
 
 
+cdef inline Py_ssize_t lead(Py_ssize_t stride, Py_ssize_t width) noexcept nogil:
+    """How many elements ahead to fetch: AHEAD of them, which are whole rows where the rows lie apart."""
+    return AHEAD if stride == width else stride * max(1, AHEAD // width)
+
+
 cdef inline void affine_rows_as(
-    const floating* x, Py_ssize_t length, Py_ssize_t width, const floating* coefs, bint relu, floating* y,
+    const floating* x, Py_ssize_t x_ahead, Py_ssize_t length, Py_ssize_t width, const floating* coefs, bint relu,
+    floating* y, Py_ssize_t y_ahead,
 ) noexcept nogil:
     cdef Py_ssize_t row, i, j, n
     if width == STRIP:  # one channel's lanes: the coefficients stay in registers
         n = length // STRIP * STRIP
         for row in range(length // STRIP):
-            prefetch(x + row * STRIP + AHEAD)
+            prefetch(x + row * STRIP + x_ahead)
+            prefetch_write(y + row * STRIP + y_ahead)
             affine_strip(x + row * STRIP, STRIP, coefs, relu, y + row * STRIP)
         affine_strip(x + n, length - n, coefs, relu, y + n)
         return
@@ -472,35 +489,40 @@ cdef inline void affine_rows_as(
         n = min(width, length - i)
         j = 0
         while j + STRIP <= n:
-            prefetch(x + i + j + AHEAD)
+            prefetch(x + i + j + x_ahead)
+            prefetch_write(y + i + j + y_ahead)
             affine_strip(x + i + j, STRIP, coefs + j, relu, y + i + j)
             j += STRIP
         affine_strip(x + i + j, n - j, coefs + j, relu, y + i + j)
 
 
 cdef void affine_rows(
-    const floating* x, Py_ssize_t length, Py_ssize_t width, const floating* coefs, bint relu, floating* y,
+    const floating* x, Py_ssize_t x_ahead, Py_ssize_t length, Py_ssize_t width, const floating* coefs, bint relu,
+    floating* y, Py_ssize_t y_ahead,
 ) noexcept nogil:
     # A literal in each branch: a flag tested inside the strip would keep it from being vectorised.
     if relu:
-        affine_rows_as(x, length, width, coefs, True, y)
+        affine_rows_as(x, x_ahead, length, width, coefs, True, y, y_ahead)
     else:
-        affine_rows_as(x, length, width, coefs, False, y)
+        affine_rows_as(x, x_ahead, length, width, coefs, False, y, y_ahead)
 
 
 cdef inline void affine_run(
-    const floating* x, Py_ssize_t length, Py_ssize_t width, const floating* coefs, bint relu,
-    bint stream, floating* buffer, floating* y,
+    const floating* x, Py_ssize_t x_ahead, Py_ssize_t length, Py_ssize_t width, const floating* coefs, bint relu,
+    bint stream, floating* buffer, floating* y, Py_ssize_t y_ahead,
 ) noexcept nogil:
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
-    cdef Py_ssize_t piece, i, n, step = ROWS * TILE // width * width
-    if not stream:
+    cdef Py_ssize_t piece, i, n
+    cdef Py_ssize_t step = TILE if width == LANES else ROWS * TILE // width * width  # 15 % and 10 %, each way
+    if stream:
+        y_ahead = 0
+    else:
         step = length
         buffer = y
     for piece in range(ceil_div(length, step)):
         i = piece * step
         n = min(step, length - i)
-        affine_rows(x + i, n, width, coefs, relu, buffer)
+        affine_rows(x + i, x_ahead, n, width, coefs, relu, buffer, y_ahead)
         if stream:
             stream_copy(y + i, buffer, n * sizeof(floating))
 
@@ -528,14 +550,16 @@ cdef void affine_task(
             for r in range(block.row, block.row + block.n_rows):
                 for c in range(channels):
                     i = c * plan.inner + block.start
-                    affine_run(x + r * stride + i, block.length, LANES, coefs + c * LANES, relu,
-                               stream, buffer, y + r * y_stride + i)
+                    affine_run(x + r * stride + i, AHEAD, block.length, LANES, coefs + c * LANES, relu,
+                               stream, buffer, y + r * y_stride + i, AHEAD)
         elif stride == width and y_stride == width:
             i = block.row * width
-            affine_run(x + i, block.n_rows * width, plan.fold * width, coefs, relu, stream, buffer, y + i)
+            affine_run(x + i, AHEAD, block.n_rows * width, plan.fold * width, coefs, relu,
+                       stream, buffer, y + i, AHEAD)
         else:
             for r in range(block.row, block.row + block.n_rows):
-                affine_run(x + r * stride, width, width, coefs, relu, stream, buffer, y + r * y_stride)
+                affine_run(x + r * stride, lead(stride, width), width, width, coefs, relu,
+                           stream, buffer, y + r * y_stride, lead(y_stride, width))
     if stream:
         stream_end()
 
@@ -740,16 +764,17 @@ cdef inline void grad_affine_strip(
 
 
 cdef inline void grad_affine_rows_as(
-    const floating* dy, const floating* x, Py_ssize_t length, Py_ssize_t width,
-    const floating* coefs, bint relu, bint training, floating* grad_x,
+    const floating* dy, Py_ssize_t dy_ahead, const floating* x, Py_ssize_t x_ahead, Py_ssize_t length,
+    Py_ssize_t width, const floating* coefs, bint relu, bint training, floating* grad_x, Py_ssize_t grad_x_ahead,
 ) noexcept nogil:
     cdef Py_ssize_t row, i, j, n
     if width == STRIP:
         n = length // STRIP * STRIP
         for row in range(length // STRIP):
             i = row * STRIP
-            prefetch(dy + i + AHEAD)
-            prefetch(x + i + AHEAD)
+            prefetch(dy + i + dy_ahead)
+            prefetch(x + i + x_ahead)
+            prefetch_write(grad_x + i + grad_x_ahead)
             grad_affine_strip(dy + i, x + i, STRIP, coefs, relu, training, grad_x + i)
         grad_affine_strip(dy + n, x + n, length - n, coefs, relu, training, grad_x + n)
         return
@@ -758,40 +783,45 @@ cdef inline void grad_affine_rows_as(
         n = min(width, length - i)
         j = 0
         while j + STRIP <= n:
-            prefetch(dy + i + j + AHEAD)
-            prefetch(x + i + j + AHEAD)
+            prefetch(dy + i + j + dy_ahead)
+            prefetch(x + i + j + x_ahead)
+            prefetch_write(grad_x + i + j + grad_x_ahead)
             grad_affine_strip(dy + i + j, x + i + j, STRIP, coefs + j, relu, training, grad_x + i + j)
             j += STRIP
         grad_affine_strip(dy + i + j, x + i + j, n - j, coefs + j, relu, training, grad_x + i + j)
 
 
 cdef void grad_affine_rows(
-    const floating* dy, const floating* x, Py_ssize_t length, Py_ssize_t width,
-    const floating* coefs, bint relu, bint training, floating* grad_x,
+    const floating* dy, Py_ssize_t dy_ahead, const floating* x, Py_ssize_t x_ahead, Py_ssize_t length,
+    Py_ssize_t width, const floating* coefs, bint relu, bint training, floating* grad_x, Py_ssize_t grad_x_ahead,
 ) noexcept nogil:
     if relu and training:
-        grad_affine_rows_as(dy, x, length, width, coefs, True, True, grad_x)
+        grad_affine_rows_as(dy, dy_ahead, x, x_ahead, length, width, coefs, True, True, grad_x, grad_x_ahead)
     elif relu:
-        grad_affine_rows_as(dy, x, length, width, coefs, True, False, grad_x)
+        grad_affine_rows_as(dy, dy_ahead, x, x_ahead, length, width, coefs, True, False, grad_x, grad_x_ahead)
     elif training:
-        grad_affine_rows_as(dy, x, length, width, coefs, False, True, grad_x)
+        grad_affine_rows_as(dy, dy_ahead, x, x_ahead, length, width, coefs, False, True, grad_x, grad_x_ahead)
     else:
-        grad_affine_rows_as(dy, x, length, width, coefs, False, False, grad_x)
+        grad_affine_rows_as(dy, dy_ahead, x, x_ahead, length, width, coefs, False, False, grad_x, grad_x_ahead)
 
 
 cdef inline void grad_affine_run(
-    const floating* dy, const floating* x, Py_ssize_t length, Py_ssize_t width, const floating* coefs, bint relu,
-    bint training, bint stream, floating* buffer, floating* grad_x,
+    const floating* dy, Py_ssize_t dy_ahead, const floating* x, Py_ssize_t x_ahead, Py_ssize_t length,
+    Py_ssize_t width, const floating* coefs, bint relu, bint training, bint stream, floating* buffer,
+    floating* grad_x, Py_ssize_t grad_x_ahead,
 ) noexcept nogil:
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
-    cdef Py_ssize_t piece, i, n, step = ROWS * TILE // width * width
-    if not stream:
+    cdef Py_ssize_t piece, i, n
+    cdef Py_ssize_t step = TILE if width == LANES else ROWS * TILE // width * width  # 15 % and 10 %, each way
+    if stream:
+        grad_x_ahead = 0
+    else:
         step = length
         buffer = grad_x
     for piece in range(ceil_div(length, step)):
         i = piece * step
         n = min(step, length - i)
-        grad_affine_rows(dy + i, x + i, n, width, coefs, relu, training, buffer)
+        grad_affine_rows(dy + i, dy_ahead, x + i, x_ahead, n, width, coefs, relu, training, buffer, grad_x_ahead)
         if stream:
             stream_copy(grad_x + i, buffer, n * sizeof(floating))
 
@@ -822,16 +852,18 @@ cdef void grad_affine_task(
             for r in range(block.row, block.row + block.n_rows):
                 for c in range(channels):
                     i = c * plan.inner + block.start
-                    grad_affine_run(dy + r * dy_stride + i, x + r * x_stride + i, block.length, LANES,
-                                    coefs + c * LANES, relu, training, stream, buffer, grad_x + r * grad_x_stride + i)
+                    grad_affine_run(dy + r * dy_stride + i, AHEAD, x + r * x_stride + i, AHEAD, block.length, LANES,
+                                    coefs + c * LANES, relu, training, stream, buffer,
+                                    grad_x + r * grad_x_stride + i, AHEAD)
         elif dy_stride == width and x_stride == width and grad_x_stride == width:
             i = block.row * width
-            grad_affine_run(dy + i, x + i, block.n_rows * width, plan.fold * width, coefs, relu,
-                            training, stream, buffer, grad_x + i)
+            grad_affine_run(dy + i, AHEAD, x + i, AHEAD, block.n_rows * width, plan.fold * width, coefs, relu,
+                            training, stream, buffer, grad_x + i, AHEAD)
         else:
             for r in range(block.row, block.row + block.n_rows):
-                grad_affine_run(dy + r * dy_stride, x + r * x_stride, width, width, coefs, relu,
-                                training, stream, buffer, grad_x + r * grad_x_stride)
+                grad_affine_run(dy + r * dy_stride, lead(dy_stride, width), x + r * x_stride, lead(x_stride, width),
+                                width, width, coefs, relu, training, stream, buffer,
+                                grad_x + r * grad_x_stride, lead(grad_x_stride, width))
     if stream:
         stream_end()
 

@@ -69,6 +69,14 @@ static inline void prefetch(const void *address) {
 #endif
 }
 
+static inline void prefetch_write(const void *address) {
+#if defined(__GNUC__)
+    __builtin_prefetch(address, 1);
+#else
+    (void)address;
+#endif
+}
+
 /* memcpy past the caches: whole cache lines go out by non-temporal stores, ragged ends by memcpy. */
 static inline void stream_copy(void *target, const void *source, size_t bytes) {
     char *out = (char *)target;
