@@ -32,6 +32,9 @@ PIVOT_INNER = 256      # the same along the inner axis
 MAX_CHUNKS = 64        # partial results a channel, at most; so also the threads that can share a column
 SERIAL_BYTES = 65536   # a thread's fair share: below it, waking the thread costs more than it saves
 STREAM_BYTES = 1 << 24  # outputs from here on bypass the caches
+AHEAD = 512            # elements that the elementwise passes fetch ahead
+PIECE = 128            # elements whose lines are fetched at once
+SERIAL_MERGES = 32768  # below so many partial results one thread merges them: starting the team takes longer
 LINE = 64              # bytes of a cache line
 BUFFER = ROWS * TILE   # elements of a task's buffers
 # Where a tile's coefficients lie in its one array, so that a strip takes one pointer for all of them:
@@ -125,16 +128,26 @@ def wide_vectors(typingctx):
     return types.void(), codegen
 
 
-@intrinsic
-def prefetch(typingctx, pointer):
-    """Asks for the cache line at pointer, which need not be valid."""
+def _prefetch(pointer, to_write):
     def codegen(context, builder, signature, args):
         i32, byte_pointer = ir.IntType(32), ir.IntType(8).as_pointer()
         function_type = ir.FunctionType(ir.VoidType(), [byte_pointer, i32, i32, i32])
         function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch")
-        builder.call(function, [builder.bitcast(args[0], byte_pointer), i32(0), i32(3), i32(1)])
+        builder.call(function, [builder.bitcast(args[0], byte_pointer), i32(to_write), i32(3), i32(1)])
         return context.get_dummy_value()
     return types.void(pointer), codegen
+
+
+@intrinsic
+def prefetch(typingctx, pointer):
+    """Asks for the cache line at pointer, which need not be valid."""
+    return _prefetch(pointer, 0)
+
+
+@intrinsic
+def prefetch_write(typingctx, pointer):
+    """The same for a line that will be written."""
+    return _prefetch(pointer, 1)
 
 
 @intrinsic
@@ -443,11 +456,12 @@ def moments_task(
         for n_rows, length in ((k_rows, k_length), (block.n_rows, block.length)):
             spread(mean_b, channels, plan.repeat, plan.fold, pivot)
             sums_block(first, stride, n_rows, length, channels, plan, buffer, pivot, s1, s2)
+            weight = 1 / float(n_rows * length)  # multiplied by: divisions took a fifth of a block
             for c in range(channels):
-                mean_b[c] += s1[c] / (n_rows * length)
+                mean_b[c] += s1[c] * weight
         n = float(block.n_rows * block.length)
         for c in range(channels):
-            s2[c] -= s1[c] * s1[c] / n
+            s2[c] -= s1[c] * (s1[c] * weight)
         merge_moments(count, at(mean, c0), at(m2, c0), n, mean_b, s2, channels)
         count += n
 
@@ -558,11 +572,16 @@ def affine_strip(
 def affine_rows(x, length, width, coefs, each, relu, y):
     restrict()
     for i in range(0, length, width):
-        n = min(width, length - i)
-        if each == 1:
-            affine_strip(at(x, i), n, coefs, 1, relu, at(y, i))
-        else:
-            affine_strip(at(x, i), n, coefs, 0, relu, at(y, i))
+        row_end = min(i + width, length)
+        for j in range(i, row_end, PIECE):
+            n = min(PIECE, row_end - j)
+            for line in range(j + AHEAD, j + AHEAD + n, 16):
+                prefetch(at(x, line))
+                prefetch_write(at(y, line))
+            if each == 1:
+                affine_strip(at(x, j), n, at(coefs, j - i), 1, relu, at(y, j))
+            else:
+                affine_strip(at(x, j), n, coefs, 0, relu, at(y, j))
 
 
 @helper
@@ -784,11 +803,17 @@ def grad_affine_strip(
 def grad_affine_rows(dy, x, length, width, coefs, each, relu, training, grad_x):
     restrict()
     for i in range(0, length, width):
-        n = min(width, length - i)
-        if each == 1:
-            grad_affine_strip(at(dy, i), at(x, i), n, coefs, 1, relu, training, at(grad_x, i))
-        else:
-            grad_affine_strip(at(dy, i), at(x, i), n, coefs, 0, relu, training, at(grad_x, i))
+        row_end = min(i + width, length)
+        for j in range(i, row_end, PIECE):
+            n = min(PIECE, row_end - j)
+            for line in range(j + AHEAD, j + AHEAD + n, 16):
+                prefetch(at(dy, line))
+                prefetch(at(x, line))
+                prefetch_write(at(grad_x, line))
+            if each == 1:
+                grad_affine_strip(at(dy, j), at(x, j), n, at(coefs, j - i), 1, relu, training, at(grad_x, j))
+            else:
+                grad_affine_strip(at(dy, j), at(x, j), n, coefs, 0, relu, training, at(grad_x, j))
 
 
 @helper
@@ -967,6 +992,11 @@ def plan_of(x):
     return make_plan(outer, channels, inner)
 
 
+@helper
+def merge_team(plan, n_workers):
+    return n_workers if plan.n_chunks * plan.channels >= SERIAL_MERGES else 1
+
+
 def run_moments(work, merge, x, mean, m2, num_threads):
     plan = plan_of(x)
     n_workers = team_wanted(plan, x.itemsize, num_threads)
@@ -974,7 +1004,7 @@ def run_moments(work, merge, x, mean, m2, num_threads):
     chunks_mean, chunks_m2 = data(chunks), at(data(chunks), plan.n_chunks * plan.channels)
     run(work, n_workers, stored((
         data(x), stride_of(x), plan.outer, plan.channels, plan.inner, chunks_mean, chunks_m2)))
-    run(merge, n_workers, stored((
+    run(merge, merge_team(plan, n_workers), stored((
         plan.outer, plan.channels, plan.inner, chunks_mean, chunks_m2, data(mean), data(m2))))
     return chunks  # so that Numba keeps it to the end
 
@@ -994,7 +1024,7 @@ def run_grad_moments(work, add, dy, x, mean, coefs, relu, sum_dy, sum_dy_xmu, nu
     run(work, n_workers, stored((
         data(dy), stride_of(dy), data(x), stride_of(x), plan.outer, plan.channels, plan.inner,
         data(mean), data(coefs), int(relu), chunks_dy, chunks_dy_xmu)))
-    run(add, n_workers, stored((
+    run(add, merge_team(plan, n_workers), stored((
         plan.outer, plan.channels, plan.inner, chunks_dy, chunks_dy_xmu, data(sum_dy), data(sum_dy_xmu))))
     return chunks  # so that Numba keeps it to the end
 
