@@ -1,0 +1,136 @@
+"""One run of the command: all cases on all sides, then what is printed and written."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from fastbn.accuracy import cases, promises, worker
+from fastbn.accuracy.bounds import QUANTITIES, difference
+from fastbn.accuracy.cases import CONSTANTS, EPS, PIECES, Data
+from fastbn.accuracy.oracle import Exact
+from fastbn.accuracy.worker import Workers
+from fastbn.bench import machine
+
+DTYPES = ("float32", "float64")
+
+
+@dataclass
+class Run:
+    """Everything that one `fastbn accuracy` found. Keys are (dtype, name of a case), then labels of sides."""
+
+    command: str
+    date: str
+    labels: tuple[str, ...]
+    missing: tuple[str, ...]
+    machine: dict[str, str] = field(default_factory=machine.describe)
+    versions: dict[str, str] = field(default_factory=dict)
+    errors: dict[tuple[str, str], dict[str, dict[str, float]]] = field(default_factory=dict)
+    constants: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict)
+    nonfinite: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict)
+    merged: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
+    threads: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)  # (dtype, label)
+    between: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)  # (dtype, label), to the first
+
+    @property
+    def missed(self) -> list[str]:
+        """Where fastbn does not hold its bound."""
+        found = [
+            f"{label}, {dtype}, {case}: {quantity} {ratio:.2g} times its bound"
+            for (dtype, case), by_label in self.errors.items()
+            for label, ratios in by_label.items() if label.startswith("fastbn-")
+            for quantity, ratio in ratios.items() if not ratio <= 1
+        ]
+        found += [
+            f"{label}, {dtype}, {what}: {wrong}"
+            for promise in (self.constants, self.nonfinite)
+            for (dtype, what), by_label in promise.items()
+            for label, wrong in by_label.items() if wrong and label.startswith("fastbn-")
+        ]
+        found += [
+            f"merged, {dtype}, {case}, {order}: {ratio:.2g} times its bound"
+            for (dtype, case), by_order in self.merged.items() for order, ratio in by_order.items() if not ratio <= 1
+        ]
+        found += [
+            f"{label}, {dtype}: other bits of {', '.join(names)} with other numbers of threads"
+            for (dtype, label), names in self.threads.items() if names and label.startswith("fastbn-")
+        ]
+        return found
+
+
+def measure(labels: tuple[str, ...], missing: tuple[str, ...], quick: bool, only: str = "") -> Run:
+    """Ask every side about every case whose name contains `only`."""
+    run = Run(
+        command=shlex.join(["fastbn", *sys.argv[1:]]),
+        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        labels=labels,
+        missing=missing,
+    )
+    work = [(dtype, name) for dtype in DTYPES for name in cases.judged(dtype, quick=quick) if only in name]
+    with Workers(labels) as workers, _progress(len(work) * len(labels)) as tick:
+        run.versions = dict(workers.ask(label, worker.version) for label in labels)
+        for dtype, name in work:
+            data = Data(name, dtype)
+            exact = Exact(data.x, data.grad_y, data.gamma, data.beta, EPS)
+            del data
+            run.errors[dtype, name] = {}
+            for label in labels:
+                tick(f"{label}, {name}")
+                run.errors[dtype, name][label] = workers.ask(label, worker.judged, name, dtype, exact)
+        if not only:
+            _promises(run, workers)
+    return run
+
+
+def _promises(run: Run, workers: Workers) -> None:
+    ask = workers.ask
+    for dtype in DTYPES:
+        for value in CONSTANTS:
+            run.constants[dtype, f"{value:g}"] = {
+                label: ask(label, worker.constant, value, dtype) for label in run.labels
+            }
+        for word in promises.NONFINITE:
+            run.nonfinite[dtype, word] = {label: ask(label, worker.nonfinite, word, dtype) for label in run.labels}
+        results = {label: ask(label, worker.typical, dtype) for label in run.labels if label.startswith("fastbn-")}
+        for label in results:
+            run.between[dtype, label] = {
+                name: difference(name, results[label][name], results[next(iter(results))][name]) for name in QUANTITIES
+            }
+        for label in run.labels:
+            if label == "torch" or (label in results and label != "fastbn-numpy"):
+                run.threads[dtype, label] = ask(label, worker.threads, dtype)
+    for dtype, name in product(DTYPES, PIECES):
+        run.merged[dtype, name] = promises.merged(name, dtype)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    """A bar on the terminal, where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda text: None
+        return
+    with tqdm(total=total, disable=None, unit="case") as bar:
+        def tick(text: str) -> None:
+            bar.set_description(text, refresh=False)
+            bar.update()
+
+        yield tick
+
+
+def report(run: Run, *, json: bool, markdown: str | None) -> int:
+    """Print, write; 1 where fastbn misses its bound, else 0."""
+    from fastbn.accuracy import page
+
+    print(page.as_json(run) if json else page.text(run))
+    if markdown:
+        Path(markdown).write_text(page.markdown(run), encoding="utf-8")
+    return 1 if run.missed else 0
