@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -23,7 +23,7 @@ STATED = {  # float64 has a bound for the statistics alone
     ("float64", "mean"): "error at most 1e-13 of max(|mean|, std); beyond |mean|/std = 1e6, 1e-19 |mean|/std of it",
     ("float64", "var"): "error at most 1e-13 of var; beyond |mean|/std = 1e6, 1e-19 |mean|/std of it",
 }
-ROWS_AT_ONCE = 1 << 19
+VALUES_AT_ONCE = 1 << 16  # so that temporaries stay in the cache
 
 Results = Mapping[str, "NDArray[Any] | None"]
 
@@ -43,16 +43,9 @@ def ratios(exact: Exact, x: NDArray[Any], grad_y: NDArray[Any], results: Results
         if name in STATISTICS:
             found[name] = _statistics(exact, name, result, dtype)
         elif name == "y":
-            found[name] = _largest(
-                _over(result[rows] - exact.y(x[rows]), 4 * _ulp(np.maximum(1, np.abs(exact.y(x[rows]))), dtype))
-                for rows in _pieces(x)
-            )
+            found[name] = max(_y(exact, *piece) for piece in _pieces(x, result))
         elif name == "grad_x":
-            largest = np.max([np.abs(exact.grad_x(x[rows], grad_y[rows])).max(axis=0) for rows in _pieces(x)], axis=0)
-            found[name] = _largest(
-                _over(result[rows] - exact.grad_x(x[rows], grad_y[rows]), 8 * _ulp(largest, dtype))
-                for rows in _pieces(x)
-            )
+            found[name] = _grad_x(exact, x, grad_y, result)
         else:
             right = getattr(exact, name)
             found[name] = _over(result - right, 8 * _ulp(np.abs(right), dtype))
@@ -71,17 +64,36 @@ def _statistics(exact: Exact, name: str, result: NDArray[Any], dtype: np.dtype[A
     return worst
 
 
-def difference(name: str, a: NDArray[Any], b: NDArray[Any]) -> float:
-    """The largest difference of two results, in ulp: of max(1, |y|), of the largest value of grad_x in the column, else
-    of the value itself."""
+def _y(exact: Exact, x: NDArray[Any], result: NDArray[Any]) -> float:
+    right = exact.y(x)
+    return _over(result - right, 4 * _ulp(np.maximum(1, np.abs(right)), x.dtype))
+
+
+def _grad_x(exact: Exact, x: NDArray[Any], grad_y: NDArray[Any], result: NDArray[Any]) -> float:
+    largest = error = np.zeros(x.shape[1])
+    for some_x, some_grad_y, some_result in _pieces(x, grad_y, result):
+        right = exact.grad_x(some_x, some_grad_y)
+        largest = np.maximum(largest, np.abs(right).max(axis=1))
+        error = np.maximum(error, np.abs(some_result - right).max(axis=1))  # NaN stays
+    return _over(error, 8 * _ulp(largest, x.dtype))
+
+
+def difference(name: str, a: NDArray[Any], b: NDArray[Any], dtype: str) -> float:
+    """The largest difference of two results, in ulp of the data's dtype: of the value (mean, var), of max(1, |y|), of the
+    largest value in the column (grad_x) or of all (grad_gamma, grad_beta)."""
     size = np.maximum(np.abs(a), np.abs(b))
-    size = {"y": np.maximum(size, 1), "grad_x": size.max(axis=0)}.get(name, size)
-    return _over(a.astype(np.float64) - b, _ulp(size, a.dtype))
+    if name == "y":
+        size = np.maximum(size, 1)
+    elif name not in STATISTICS:
+        size = size.max(axis=0)
+    return _over(a.astype(np.float64) - b, _ulp(size, np.dtype(dtype)))
 
 
-def _pieces(x: NDArray[Any]) -> list[slice]:
-    step = max(1, ROWS_AT_ONCE // x.shape[1])
-    return [slice(start, start + step) for start in range(0, len(x), step)]
+def _pieces(*arrays: NDArray[Any]) -> Iterator[list[NDArray[Any]]]:
+    """Some rows of each array at a time, turned to (columns, some rows): NumPy is slow on rows of few columns."""
+    step = max(1, VALUES_AT_ONCE // arrays[0].shape[1])
+    for start in range(0, len(arrays[0]), step):
+        yield [np.ascontiguousarray(array[start:start + step].T) for array in arrays]
 
 
 def _ulp(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[np.float64]:
@@ -90,8 +102,4 @@ def _ulp(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[np.float64]:
 
 
 def _over(error: NDArray[Any], allowed: NDArray[np.float64]) -> float:
-    return _largest([float(np.max(np.where(np.isfinite(error), np.abs(error) / allowed, np.inf)))])
-
-
-def _largest(values: Any) -> float:
-    return max(values)
+    return float(np.max(np.where(np.isfinite(error), np.abs(error) / allowed, np.inf)))

@@ -17,19 +17,19 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-PIECE = 1 << 20  # values at a time: sums of 27 bits each then stay far below 2^53, and so do temporaries below memory
+PIECE = 1 << 16  # values at a time: sums of 27 bits each stay far below 2^53, and temporaries in the cache
 SPLIT = 2.0**27
 
 
-def exact_sum(values: Floats) -> Fraction:
-    """The sum of finite float64 values.
+def exact_sum(values: NDArray[Any]) -> Fraction:
+    """The sum of finite values.
 
     Each is an integer of 53 bits times a power of two. The integers, cut in two halves of at most 27 bits, add up
     without rounding in float64, apart for each power; Python's integers do the rest.
     """
     total = Fraction(0)
     for start in range(0, len(values), PIECE):
-        mantissas, powers = np.frexp(values[start:start + PIECE])
+        mantissas, powers = np.frexp(values[start:start + PIECE].astype(np.float64))
         lowest = int(powers.min())
         whole = np.ldexp(mantissas, 53)
         high = np.floor(whole / SPLIT)
@@ -57,11 +57,12 @@ def halves(a: Floats) -> tuple[Floats, Floats]:
 
 def exact_sum_of_products(a: NDArray[Any], b: NDArray[Any]) -> Fraction:
     """The sum of a * b. A power of two keeps the products inside the range of float64."""
+    split = max(a.itemsize, b.itemsize) > 4  # the product of two float32 fits into a float64
     (a, a_scale), (b, b_scale) = _scaled(a), _scaled(b)
     total = Fraction(0)
     for start in range(0, len(a), PIECE):
-        for part in products(a[start:start + PIECE], b[start:start + PIECE]):
-            total += exact_sum(part)
+        pair = a[start:start + PIECE], b[start:start + PIECE]
+        total += sum(map(exact_sum, products(*pair) if split else (pair[0] * pair[1],)))
     return total * a_scale * b_scale
 
 
@@ -78,7 +79,7 @@ def _scaled(values: NDArray[Any]) -> tuple[Floats, Fraction]:
 class Exact:
     """What batch norm in training should give for x of shape (rows, columns): small arrays, one value a column.
 
-    `y` and `grad_x` compute the large ones for some of the rows.
+    `y` and `grad_x` compute the large ones for some of the rows, turned: (columns, some rows).
     """
 
     def __init__(
@@ -89,9 +90,9 @@ class Exact:
         self.vars: list[Fraction] = []
         columns = []
         for column, dy in zip(x.T, grad_y.T, strict=True):
-            mean = exact_sum(column.astype(np.float64)) / n
+            mean = exact_sum(column) / n
             var = exact_sum_of_products(column, column) / n - mean**2
-            sum_dy = exact_sum(dy.astype(np.float64))
+            sum_dy = exact_sum(dy)
             sum_dy_xmu = exact_sum_of_products(dy, column) - mean * sum_dy
             self.means.append(mean)
             self.vars.append(var)
@@ -107,14 +108,18 @@ class Exact:
         self._slope = self.invstd * (sums / n).astype(np.float64)
 
     def x_hat(self, x: NDArray[Any]) -> Floats:
-        return ((x - self.mean) - self._mean_rest) * self.invstd
+        return ((x - _turned(self.mean)) - _turned(self._mean_rest)) * _turned(self.invstd)
 
     def y(self, x: NDArray[Any]) -> Floats:
-        return self.x_hat(x) * self.gamma + self.beta
+        return self.x_hat(x) * _turned(self.gamma) + _turned(self.beta)
 
     def grad_x(self, x: NDArray[Any], grad_y: NDArray[Any]) -> Floats:
-        centred = (grad_y - self._mean_dy) - self._mean_dy_rest
-        return (centred - self.x_hat(x) * self._slope) * (self.gamma * self.invstd)
+        centred = (grad_y - _turned(self._mean_dy)) - _turned(self._mean_dy_rest)
+        return (centred - self.x_hat(x) * _turned(self._slope)) * _turned(self.gamma * self.invstd)
+
+
+def _turned(values: Floats) -> Floats:
+    return values[:, None]
 
 
 def _two(value: Fraction) -> tuple[float, float]:

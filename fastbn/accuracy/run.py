@@ -99,9 +99,10 @@ def _promises(run: Run, workers: Workers) -> None:
         for word in promises.NONFINITE:
             run.nonfinite[dtype, word] = {label: ask(label, worker.nonfinite, word, dtype) for label in run.labels}
         results = {label: ask(label, worker.typical, dtype) for label in run.labels if label.startswith("fastbn-")}
-        for label in results:
+        first, *others = results
+        for label in others:
             run.between[dtype, label] = {
-                name: difference(name, results[label][name], results[next(iter(results))][name]) for name in QUANTITIES
+                name: difference(name, results[label][name], results[first][name], dtype) for name in QUANTITIES
             }
         for label in run.labels:
             if label == "torch" or (label in results and label != "fastbn-numpy"):

@@ -21,7 +21,7 @@ def head(label: str) -> str:
 
 def figure(ratio: float) -> str:
     """An error in units of its bound; `!` where it is missed."""
-    return f"{ratio:.1g}" if ratio <= 1 else f"{ratio:.1g} !"
+    return f"{ratio:.2g}" + ("" if ratio <= 1 else " !")
 
 
 def stated() -> Table:
