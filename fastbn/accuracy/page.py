@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from string import Template
 from typing import Any
 
+from fastbn.accuracy import tables
+from fastbn.accuracy.prose import PROSE
 from fastbn.accuracy.run import Run
-from fastbn.accuracy.tables import everything
+from fastbn.accuracy.tables import Table, everything
 from fastbn.bench.tables import as_text
 
 
@@ -48,3 +51,21 @@ def as_json(run: Run) -> str:
         **{name: nested(getattr(run, name))
            for name in ("errors", "constants", "nonfinite", "merged", "threads", "between")},
     }, indent=1)
+
+
+def markdown(run: Run) -> str:
+    """The page: the prose with the tables in it."""
+    return Template(PROSE).substitute(
+        command=run.command,
+        facts=_rows(Table("", ["", ""], [[*fact] for fact in facts(run).items()])),
+        verdict=verdict(run),
+        bound=_rows(tables.stated()),
+        **{f"{name}_{dtype}": _rows(getattr(tables, name)(run, dtype))
+           for name in ("summary", "errors", "constants", "nonfinite") for dtype in ("float32", "float64")},
+        **{name: _rows(getattr(tables, name)(run)) for name in ("merged", "threads", "between")},
+    )
+
+
+def _rows(table: Table) -> str:
+    lines = [table.header, ["---"] * len(table.header), *table.rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
