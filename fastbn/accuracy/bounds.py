@@ -79,8 +79,10 @@ def _grad_x(exact: Exact, x: NDArray[Any], grad_y: NDArray[Any], result: NDArray
 
 
 def difference(name: str, a: NDArray[Any], b: NDArray[Any], dtype: str) -> float:
-    """The largest difference of two results, in ulp of the data's dtype: of the value (mean, var), of max(1, |y|), of the
-    largest value in the column (grad_x) or of all (grad_gamma, grad_beta)."""
+    """The largest difference of two results in ulp of the data's dtype.
+
+    Of the value (mean, var), of max(1, |y|), of the largest value in the column (grad_x) or of all (the others).
+    """
     size = np.maximum(np.abs(a), np.abs(b))
     if name == "y":
         size = np.maximum(size, 1)
@@ -98,7 +100,8 @@ def _pieces(*arrays: NDArray[Any]) -> Iterator[list[NDArray[Any]]]:
 
 def _ulp(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[np.float64]:
     """The distance from a value, rounded to the dtype, to the next larger one."""
-    return np.spacing(values.astype(dtype)).astype(np.float64)
+    spacing: NDArray[np.float64] = np.spacing(values.astype(dtype)).astype(np.float64)
+    return spacing
 
 
 def _over(error: NDArray[Any], allowed: NDArray[np.float64]) -> float:

@@ -56,6 +56,7 @@ HARD: dict[str, Make] = {
     "row 1717 an outlier": _outlier(1717),
     "last row an outlier": _outlier(-1),
     "40 rows of outliers first": _outlier(slice(0, 40)),
+    "300 rows of outliers first": _outlier(slice(0, 300)),
     "1e30 first among ones": _one_huge(0),
     "1e30 inside among ones": _one_huge(1717),
     "1e30 last among ones": _one_huge(-1),
@@ -125,12 +126,18 @@ class Data:
     @cached_property
     def grad_y(self) -> NDArray[Any]:
         dtype: Any = self.dtype
-        return np.random.default_rng(12).standard_normal(self.x.shape, dtype) + dtype.type(0.25)
+        grad_y: NDArray[Any] = np.random.default_rng(12).standard_normal(self.x.shape, dtype)
+        grad_y += dtype.type(0.25)
+        return grad_y
 
     @cached_property
     def gamma(self) -> NDArray[Any]:
-        return np.random.default_rng(13).uniform(0.5, 2, self.x.shape[1]).astype(self.dtype)
+        return self._uniform(13, 0.5, 2)
 
     @cached_property
     def beta(self) -> NDArray[Any]:
-        return np.random.default_rng(14).uniform(-1, 1, self.x.shape[1]).astype(self.dtype)
+        return self._uniform(14, -1, 1)
+
+    def _uniform(self, seed: int, low: float, high: float) -> NDArray[Any]:
+        values: NDArray[Any] = np.random.default_rng(seed).uniform(low, high, self.x.shape[1:])
+        return values.astype(self.dtype)

@@ -9,8 +9,8 @@ from typing import Any
 from fastbn.accuracy import tables
 from fastbn.accuracy.prose import PROSE
 from fastbn.accuracy.run import Run
-from fastbn.accuracy.tables import Table, everything
-from fastbn.bench.tables import as_text
+from fastbn.accuracy.tables import everything
+from fastbn.bench.tables import Table, as_text
 
 
 def facts(run: Run) -> dict[str, str]:
@@ -27,7 +27,7 @@ def verdict(run: Run) -> str:
     """Whether fastbn holds its bound, in one line or several."""
     if not run.missed:
         return "fastbn holds the bound in every case."
-    return "\n".join(["fastbn misses the bound here:", *(f"- {line}" for line in run.missed)])
+    return "\n".join(["fastbn misses the bound here:", "", *(f"- {line}" for line in run.missed)])
 
 
 def text(run: Run) -> str:

@@ -69,11 +69,11 @@ def threads(label: str, side: BatchNorm, dtype: str) -> dict[str, float]:
     return found
 
 
-def merged(name: str, dtype: str) -> dict[str, float]:
+def merged(name: str, dtype: str, backend: str | None = None) -> dict[str, float]:
     """Moments of 1,000 unequal pieces, merged one by one: for each order the larger error, in units of the bound."""
     data = Data(name, dtype)
     exact = Exact(data.x, data.x, data.gamma, data.beta, 0)
-    pieces = [fastbn.moments(piece, num_threads=1) for piece in in_pieces(data.x)]
+    pieces = [fastbn.moments(piece, num_threads=1, backend=backend) for piece in in_pieces(data.x)]
     found = {}
     for order, arrange in ORDERS.items():
         total: Any = sum(arrange(pieces), fastbn.Moments.empty(data.x.shape[1]))

@@ -47,12 +47,13 @@ def build(label: str) -> BatchNorm:
         _, backend, *isa = label.split("-")
         os.environ["FASTBN_ISA"] = "".join(isa)
         os.environ["NUMBA_NUM_THREADS"] = str(MANY_THREADS)
-        return _fastbn(backend)
-    return {"torch": _torch, "jax": _jax, "jax-fast": lambda: _jax(fast=True), "numpy": lambda: _numpy,
-            "scikit-learn": lambda: _scikit_learn}[label]()
+        return fastbn_side(backend)
+    if label in ("jax", "jax-fast"):
+        return _jax(fast=label == "jax-fast")
+    return _torch() if label == "torch" else {"numpy": _numpy, "scikit-learn": _scikit_learn}[label]
 
 
-def _fastbn(backend: str) -> BatchNorm:
+def fastbn_side(backend: str) -> BatchNorm:
     def batch_norm(x: NDArray[Any], grad_y: NDArray[Any], gamma: NDArray[Any], beta: NDArray[Any]) -> Arrays:
         y, saved = fastbn.batch_norm(x, gamma, beta, eps=EPS, backend=backend)
         grad_x, grad_gamma, grad_beta = fastbn.batch_norm_backward(grad_y, saved, backend=backend)
@@ -63,7 +64,7 @@ def _fastbn(backend: str) -> BatchNorm:
 
 
 def _torch() -> BatchNorm:
-    """What nn.BatchNorm calls; the variance as it stores it in running_var, with momentum 1 and its n / (n - 1) undone."""
+    """What nn.BatchNorm calls; var as it stores it in running_var, with momentum 1 and its n / (n - 1) undone."""
     import torch
 
     def batch_norm(*arrays: NDArray[Any]) -> Arrays:
@@ -80,7 +81,7 @@ def _torch() -> BatchNorm:
     return batch_norm
 
 
-def _jax(fast: bool = False) -> BatchNorm:
+def _jax(fast: bool) -> BatchNorm:
     """Two-pass variance, or E[x^2] - E[x]^2 (not below 0), which is flax's default; gradients by jax.vjp."""
     import jax
     import jax.numpy as jnp
@@ -97,14 +98,15 @@ def _jax(fast: bool = False) -> BatchNorm:
         mean, var = statistics(x)
         return (x - mean) * (jax.lax.rsqrt(var + EPS) * gamma) + beta
 
-    @jax.jit
     def everything(x: Any, grad_y: Any, gamma: Any, beta: Any) -> Any:
         y, pull = jax.vjp(forward, x, gamma, beta)
         return *statistics(x), y, *pull(grad_y)
 
+    compiled = jax.jit(everything)
+
     def batch_norm(*arrays: NDArray[Any]) -> Arrays:
         names = ("mean", "var", "y", "grad_x", "grad_gamma", "grad_beta")
-        results = everything(*(jnp.asarray(array) for array in arrays))
+        results = compiled(*(jnp.asarray(array) for array in arrays))
         return {name: np.asarray(result) for name, result in zip(names, results, strict=True)}
 
     return batch_norm
@@ -121,7 +123,7 @@ def _numpy(x: NDArray[Any], grad_y: NDArray[Any], gamma: NDArray[Any], beta: NDA
             "grad_x": grad_x, "grad_gamma": grad_gamma, "grad_beta": grad_beta}
 
 
-def _scikit_learn(x: NDArray[Any], *rest: NDArray[Any]) -> Arrays:
+def _scikit_learn(x: NDArray[Any], grad_y: NDArray[Any], gamma: NDArray[Any], beta: NDArray[Any]) -> Arrays:
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler().fit(x)

@@ -10,7 +10,11 @@ from fastbn.accuracy.run import DTYPES, Run
 from fastbn.bench.tables import NONE, Table
 
 NAMES = {
-    "torch": "PyTorch", "jax": "JAX", "jax-fast": "JAX, fast variance", "numpy": "NumPy", "scikit-learn": "scikit-learn",
+    "torch": "PyTorch",
+    "jax": "JAX",
+    "jax-fast": "JAX, fast variance",
+    "numpy": "NumPy",
+    "scikit-learn": "scikit-learn",
 }
 
 
@@ -83,13 +87,13 @@ def merged(run: Run) -> Table:
 
 
 def threads(run: Run) -> Table:
-    return _differences("1 thread beside 2, 3, ... 64, on 4,099 x 513", run.threads, lambda found, name: (
-        f"{found[name]:.2g} ulp" if name in found else "same bits"))
+    return _differences("1 thread beside 2, 3, ... 64, on 4,099 x 513, in ulp", run.threads, lambda found, name: (
+        f"{found[name]:.2g}" if name in found else "same bits"))
 
 
 def between(run: Run) -> Table:
-    return _differences(f"Beside {head(run.labels[0])}, on 10,007 x 20", run.between, lambda found, name: (
-        f"{found[name]:.2g} ulp"))
+    return _differences(f"Beside {head(run.labels[0])}, on 10,007 x 20, in ulp", run.between, lambda found, name: (
+        f"{found[name]:.2g}"))
 
 
 def _differences(

@@ -1,4 +1,4 @@
-"""The command line: fastbn info | demo | bench | accuracy. Each subcommand is one module, imported when it is asked for."""
+"""The command line: fastbn info | demo | bench | accuracy. Each subcommand is a module, imported when asked for."""
 
 from __future__ import annotations
 
