@@ -4,6 +4,7 @@ Any number of threads gives the same bits (test_repeatability.py), so what holds
 repeats this file with each instruction set.
 """
 
+import math
 from fractions import Fraction
 from functools import cache
 from typing import NamedTuple
@@ -189,11 +190,6 @@ def test_constant_columns_whose_squares_overflow(backend, value):
     np.testing.assert_array_equal(y, np.zeros((1000, 2)))
 
 
-@pytest.mark.parametrize("value", promises.NONFINITE)
-def test_a_value_that_is_not_finite_spoils_its_column_alone(backend, dtype, value):
-    assert promises.nonfinite(sides.fastbn_side(backend), value, dtype.name) == ""
-
-
 @pytest.mark.parametrize("name", cases.PIECES)
 def test_moments_merged_from_1000_pieces(backend, dtype, name, request):
     if dtype == np.float64 and name in MERGES_MISSED:
@@ -201,6 +197,12 @@ def test_moments_merged_from_1000_pieces(backend, dtype, name, request):
     found = promises.merged(name, dtype.name, backend)
     assert list(found) == list(cases.ORDERS)
     assert all(ratio <= 1 for ratio in found.values()), found
+
+
+@pytest.mark.parametrize("name", cases.PIECES)
+def test_the_order_of_merging_does_not_matter(backend, name):
+    errors = promises.merged(name, "float64", backend).values()
+    assert max(errors) - min(errors) <= 1
 
 
 # ------------------------------------------------------------------------------------------------------ the judges
@@ -224,7 +226,7 @@ def test_the_oracle_against_rational_arithmetic(dtype, name):
     mean = sum(xs) / n
     var = sum((value - mean) ** 2 for value in xs) / n
     assert (exact.means, exact.vars) == ([mean], [var])
-    # invstd to 100 bits, by the integer square root; the rest is exact again
+    # invstd to some 290 bits, by the integer square root; the rest is exact again
     invstd = 1 / (Fraction(isqrt((var + Fraction(EPS)) * 4**300)) / 2**300)
     x_hat = [(value - mean) * invstd for value in xs]
     grad_beta, grad_gamma = sum(dys), sum(a * b for a, b in zip(dys, x_hat, strict=True))
@@ -240,10 +242,8 @@ def test_the_oracle_against_rational_arithmetic(dtype, name):
 
 
 def isqrt(fraction):
-    """The square root of a whole part, rounded down."""
-    from math import isqrt as root
-
-    return root(fraction.numerator // fraction.denominator)
+    """The square root of the whole part, rounded down."""
+    return math.isqrt(fraction.numerator // fraction.denominator)
 
 
 def test_exact_sums_are_exact(rng):

@@ -1,4 +1,4 @@
-"""PyTorch's own tests of batch norm, run against fastbn: the samples of its operators (OpInfo) and modules (ModuleInfo).
+"""PyTorch's own tests of batch norm, run against fastbn: the samples of its operators and modules (OpInfo, ModuleInfo).
 
 Each sample's forward, gradients and running statistics must be PyTorch's. What has no counterpart is listed, with what
 fastbn says to it:

@@ -86,7 +86,7 @@ BEYOND: dict[str, Make] = {  # float64 alone
 }
 OTHERS: dict[str, Make] = {
     "typical": _normal(1, rows=10_007, columns=20),
-    "large": _normal(1, rows=4099, columns=513),
+    "large": _normal(1, rows=2099, columns=513),
     **{f"in pieces, mean/std {ratio:g}": _normal(ratio, rows=40_000, columns=3) for ratio in (0, 1e3, 1e6, 1e8)},
 }
 CASES = HARD | ROW_COUNTS | MILLION | MANY | BEYOND | OTHERS

@@ -75,39 +75,38 @@ def measure(labels: tuple[str, ...], missing: tuple[str, ...], quick: bool, only
         missing=missing,
     )
     work = [(dtype, name) for dtype in DTYPES for name in cases.judged(dtype, quick=quick) if only in name]
-    with Workers(labels) as workers, _progress(len(work) * len(labels)) as tick:
-        run.versions = dict(workers.ask(label, worker.version) for label in labels)
+    with Workers(labels) as workers, _progress(len(work)) as tick:
+        run.versions = dict(workers.ask(worker.version).values())
         for dtype, name in work:
+            tick(name)
             data = Data(name, dtype)
             exact = Exact(data.x, data.grad_y, data.gamma, data.beta, EPS)
             del data
-            run.errors[dtype, name] = {}
-            for label in labels:
-                tick(f"{label}, {name}")
-                run.errors[dtype, name][label] = workers.ask(label, worker.judged, name, dtype, exact)
+            groups = [(label,) for label in labels] if name in cases.MANY else [labels]  # for the sake of memory
+            run.errors[dtype, name] = {
+                label: ratios for group in groups
+                for label, ratios in workers.ask(worker.judged, name, dtype, exact, labels=group).items()
+            }
         if not only:
             _promises(run, workers)
     return run
 
 
 def _promises(run: Run, workers: Workers) -> None:
-    ask = workers.ask
+    ours = tuple(label for label in run.labels if label.startswith("fastbn-"))
+    threaded = [label for label in run.labels if label == "torch" or (label in ours and label != "fastbn-numpy")]
     for dtype in DTYPES:
         for value in CONSTANTS:
-            run.constants[dtype, f"{value:g}"] = {
-                label: ask(label, worker.constant, value, dtype) for label in run.labels
-            }
+            run.constants[dtype, f"{value:g}"] = workers.ask(worker.constant, value, dtype)
         for word in promises.NONFINITE:
-            run.nonfinite[dtype, word] = {label: ask(label, worker.nonfinite, word, dtype) for label in run.labels}
-        results = {label: ask(label, worker.typical, dtype) for label in run.labels if label.startswith("fastbn-")}
-        first, *others = results
-        for label in others:
+            run.nonfinite[dtype, word] = workers.ask(worker.nonfinite, word, dtype)
+        results = workers.ask(worker.typical, dtype, labels=ours) if ours else {}
+        for label in ours[1:]:
             run.between[dtype, label] = {
-                name: difference(name, results[label][name], results[first][name], dtype) for name in QUANTITIES
+                name: difference(name, results[label][name], results[ours[0]][name], dtype) for name in QUANTITIES
             }
-        for label in run.labels:
-            if label == "torch" or (label in results and label != "fastbn-numpy"):
-                run.threads[dtype, label] = ask(label, worker.threads, dtype)
+        for label in threaded:
+            run.threads[dtype, label] = workers.ask(worker.threads, dtype, labels=(label,))[label]
     for dtype, name in product(DTYPES, PIECES):
         run.merged[dtype, name] = promises.merged(name, dtype)
 

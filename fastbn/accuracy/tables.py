@@ -87,7 +87,7 @@ def merged(run: Run) -> Table:
 
 
 def threads(run: Run) -> Table:
-    return _differences("1 thread beside 2, 3, ... 64, on 4,099 x 513, in ulp", run.threads, lambda found, name: (
+    return _differences("1 thread beside 2, 3, ... 64, on 2,099 x 513, in ulp", run.threads, lambda found, name: (
         f"{found[name]:.2g}" if name in found else "same bits"))
 
 

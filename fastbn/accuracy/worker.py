@@ -71,5 +71,7 @@ class Workers:
         for pool in self.pools.values():
             pool.shutdown(cancel_futures=True)
 
-    def ask(self, label: str, function: Any, *arguments: Any) -> Any:
-        return self.pools[label].submit(function, *arguments).result()
+    def ask(self, function: Any, *arguments: Any, labels: tuple[str, ...] = ()) -> dict[str, Any]:
+        """The answers of all sides, or of some, which work side by side."""
+        asked = {label: self.pools[label].submit(function, *arguments) for label in labels or self.pools}
+        return {label: answer.result() for label, answer in asked.items()}

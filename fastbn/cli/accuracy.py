@@ -34,6 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not any(arguments.cases in name for name in judged("float64", quick=arguments.quick)):
         return _fail(f"--cases: no case is named like {arguments.cases!r}")
     if arguments.markdown:
+        if arguments.cases or arguments.sides:
+            return _fail("--markdown: the page needs all cases and sides, so neither --cases nor --sides")
         path = Path(arguments.markdown)
         if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
             return _fail(f"--markdown: cannot write {arguments.markdown!r}")
