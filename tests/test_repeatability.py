@@ -64,7 +64,7 @@ def test_up_to_64_threads(compiled, dtype, layout):
     data = draw(WORK_FOR_64[layout], dtype)
     assert data.x.nbytes >= 64 * 65536
     expected = everything(*data, backend=compiled, num_threads=1)
-    for n in (4, 5, 13, 32, 63, 64):
+    for n in (5, 13, 32, 64):
         assert_all_the_same(everything(*data, backend=compiled, num_threads=n), expected)
 
 

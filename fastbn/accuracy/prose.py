@@ -77,7 +77,7 @@ in 0.5 to 2, beta in -1 to 1, eps 1e-5; cases have 3,000 rows where they say not
 
 The oracle computes the sums of x, x^2, grad_y and grad_y * x exactly, as integers (products by Dekker's splitting),
 then mean, var and the centred sums as fractions. Only the square root and the values of y and grad_x are rounded, in
-float64 from a mean in two floats: about 1e-15, a hundredth of the narrowest bound. The tests check it against plain
+float64 from a mean in two floats: about 1e-15, where the bound is 4e-7. The tests check it against plain
 rational arithmetic.
 
 fastbn's Cython kernels are judged once for each instruction set. PyTorch: `native_batch_norm` and its backward, var
