@@ -1,7 +1,7 @@
 # What is done by hand now and then. `make PYTHON=...` for another interpreter; fastbn must be installed in it.
 PYTHON ?= python3
 
-.PHONY: help test lint demo bench-table bench-quick asv-check dashboard
+.PHONY: help test lint demo bench-table bench-quick numerics asv-check dashboard
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | column -t -s:
@@ -22,6 +22,9 @@ bench-table:  ## measure everything, write docs/benchmarks.md and its picture; n
 
 bench-quick:  ## the same in short, on small arrays, on the terminal
 	$(PYTHON) -m fastbn bench --quick
+
+numerics:  ## measure the errors on hard data, write docs/numerics.md; three minutes; fails where the bound is missed
+	$(PYTHON) -m fastbn accuracy --markdown docs/numerics.md
 
 asv-check:  ## import the asv suite and check it
 	$(PYTHON) -m asv check -E existing:$(shell command -v $(PYTHON))

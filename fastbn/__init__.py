@@ -10,7 +10,7 @@ The way of an array through the package, and where to look::
       -> kernels/                              the loops: cython_kernels.pyx, numba_kernels.py (its twin), reference.py
       -> back up: y, gradients, statistics
 
-``python -m fastbn`` (or ``fastbn``) is the command line: info, demo, bench.
+``python -m fastbn`` (or ``fastbn``) is the command line: info, demo, bench, accuracy.
 """
 
 from pathlib import Path as _Path

@@ -39,12 +39,13 @@ class Moments:
     (array([3., 5.]), array([1.63299316, 0.        ]))
     """
 
-    __slots__ = ("count", "m2", "mean")
+    __slots__ = ("_rest", "count", "m2", "mean")  # _rest: what the exact mean has beyond the float64 in mean
 
     def __init__(self, count: int, mean: ArrayLike, m2: ArrayLike) -> None:
         self.count = _layout.integer(count, "count")
         self.mean = np.array(mean, np.float64)
         self.m2 = np.array(m2, np.float64)
+        self._rest = np.zeros_like(self.mean)
         if self.count < 0:
             raise ValueError(f"count must be >= 0, got {count}")
         if self.mean.ndim != 1 or self.mean.shape != self.m2.shape:
@@ -78,12 +79,21 @@ class Moments:
             raise ValueError(f"other must have {self.mean.size} channels, got {other.mean.size}")
         if not self.count or not other.count:
             filled = self if self.count else other
-            return Moments(filled.count, filled.mean, filled.m2)
+            merged = Moments(filled.count, filled.mean, filled.m2)
+            merged._rest = filled._rest.copy()
+            return merged
         count = self.count + other.count
-        delta = other.mean - self.mean
-        mean = self.mean + delta * (other.count / count)
-        m2 = self.m2 + other.m2 + delta * delta * (self.count * (other.count / count))
-        return Moments(count, mean, m2)
+        with np.errstate(all="ignore"):  # data that is not finite gives moments that are not, without warnings
+            delta = (other.mean - self.mean) + (other._rest - self._rest)
+            step = delta * (other.count / count)
+            m2 = self.m2 + other.m2 + delta * delta * (self.count * (other.count / count))
+            # The mean in two floats (Knuth's sum without loss): its rounding, times delta, would add up in m2.
+            mean = self.mean + step
+            added = mean - self.mean
+            lost = (self.mean - (mean - added)) + (step - added)
+            merged = Moments(count, mean, m2)
+            merged._rest = self._rest + lost
+        return merged
 
     def __add__(self, other: Moments) -> Moments:
         return self.merge(other) if isinstance(other, Moments) else NotImplemented
@@ -96,7 +106,7 @@ class Moments:
         if batch.mean.shape != self.mean.shape:
             raise ValueError(f"x must have {self.mean.size} channels along axis {axis}, got {batch.mean.size}")
         merged = self.merge(batch)
-        self.count, self.mean, self.m2 = merged.count, merged.mean, merged.m2
+        self.count, self.mean, self.m2, self._rest = merged.count, merged.mean, merged.m2, merged._rest
 
     def __repr__(self) -> str:
         return f"Moments(count={self.count}, channels={self.mean.size})"

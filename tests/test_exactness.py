@@ -1,178 +1,175 @@
-"""The stated bounds on hard data: large means, outliers, mixed scales, subnormals, constants, many rows."""
+"""The stated bounds on hard data. Cases, oracle and bounds are those of `fastbn accuracy`, which adds 2^25 rows.
 
+Any number of threads gives the same bits (test_repeatability.py), so what holds here holds for all of them. .ci/run
+repeats this file with each instruction set.
+"""
+
+import math
 from fractions import Fraction
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+import oracle as by_longdouble
 import pytest
-from oracle import HAS_WIDE, Exact, Gradients
 from tolerances import assert_close
 
 import fastbn
+from fastbn.accuracy import bounds, cases, promises, sides
+from fastbn.accuracy.cases import EPS, Data
+from fastbn.accuracy.oracle import Exact, exact_sum, exact_sum_of_products
 
-pytestmark = pytest.mark.skipif(not HAS_WIDE, reason="longdouble is float64 here, too little for an oracle")
-
-N = 3000  # rows, where a case says nothing else
-
-
-def offset(ratio):
-    return lambda rng, dtype: rng.standard_normal((N, 5)) + ratio
-
-
-def outlier(row, value=1e6):
-    def make(rng, dtype):
-        x = rng.standard_normal((N, 5))
-        x[row] += value
-        return x
-    return make
-
-
-def one_huge(row):
-    def make(rng, dtype):
-        x = np.ones((N, 5))
-        x[row] = 1e30
-        return x
-    return make
-
-
-def alternating(rng, dtype):
-    return np.abs(rng.normal(100, 1, (N, 5))) * np.where(np.arange(N) % 2, 1, -1)[:, None]
-
-
-def rows(n, channels=3):
-    return lambda rng, dtype: rng.normal(3, 1, (n, channels))
-
-
-CASES = {
-    **{f"mean/std {ratio:g}": offset(ratio) for ratio in (0, 1, 1e2, 1e4, 1e6)},
-    **{f"mean/std {ratio:g}, negative": offset(-ratio) for ratio in (1e3, 1e5)},
-    "outlier first": outlier(0),
-    "outlier second": outlier(1),
-    "outlier inside": outlier(1717),
-    "outlier last": outlier(-1),
-    "first rows all outliers": outlier(slice(0, 40)),
-    "1e30 first among ones": one_huge(0),
-    "1e30 inside among ones": one_huge(1717),
-    "1e30 last among ones": one_huge(-1),
-    "scales side by side": lambda rng, dtype: rng.normal(1, 1, (N, 61)) * 10.0 ** np.arange(-30, 31),
-    "squares overflow float32": lambda rng, dtype: rng.normal(1e20, 1e25, (N, 5)),
-    "subnormals of float32": lambda rng, dtype: rng.integers(-1000, 1000, (N, 5)) * 2.0**-149,
-    "sorted": lambda rng, dtype: np.sort(rng.normal(10, 3, (N, 5)), axis=0),
-    "sorted downwards": lambda rng, dtype: -np.sort(rng.normal(10, 3, (N, 5)), axis=0),
-    "alternating signs": alternating,
-    "a trend": lambda rng, dtype: np.arange(N)[:, None] * [1.0, 10, 1e3, -1, 1e-5] + rng.standard_normal((N, 5)),
-    "two values": lambda rng, dtype: rng.choice([1e6, 1e6 + 1], (N, 5)),
-    **{f"{n} rows": rows(n) for n in (2, 3, 7, 17, 129, 1025, 65537)},
-    "1000000 rows": rows(1_000_000, 2),
+IN_PYTEST = [
+    (dtype, name) for dtype in ("float32", "float64") for name in cases.judged(dtype) if name not in cases.MANY
+]
+MISSED = {  # by the compiled backends, see docs/numerics.md
+    ("float32", "2 rows"): "what is left of a gradient that cancels is computed in float32",
+    ("float64", "mean/std 1e+06, 150 columns"): "the means of blocks are rounded to float64 before they merge",
+    ("float64", "mean/std 1e+08, 150 columns"): "the same",
 }
+MERGES_MISSED = ["in pieces, mean/std 1e+06", "in pieces, mean/std 1e+08"]  # in float64: so are the means of pieces
 
 
-class Case(NamedTuple):
-    name: str
-    x: np.ndarray
-    grad_y: np.ndarray
-    exact: Exact
-    gradients: Gradients
+@cache
+def exact_of(dtype, name):
+    data = Data(name, dtype)
+    return data, Exact(data.x, data.grad_y, data.gamma, data.beta, EPS)
 
 
-@pytest.fixture(scope="module", params=CASES)
-def case(request, dtype):
-    """x and what is exact about it, computed once for all backends."""
-    x = CASES[request.param](np.random.default_rng(11), dtype).astype(dtype)
-    exact = Exact(x)
-    grad_y = np.random.default_rng(12).standard_normal(x.shape).astype(dtype)
-    return Case(request.param, x, grad_y, exact, exact.backward(grad_y))
+@pytest.fixture(scope="module", params=IN_PYTEST, ids=" ".join)
+def case(request):
+    """A case and what is exact about it, computed once for all backends."""
+    return exact_of(*request.param)
 
 
-def test_statistics(backend, dtype, case):
-    x, exact = case.x, case.exact
-    moments = fastbn.moments(x, backend=backend)
-    size = np.maximum(np.abs(exact.mean), exact.std)
-    assert_close(moments.mean, exact.mean, "hard mean", dtype, size)
-    assert_close(moments.var(), exact.var, "hard var", dtype)
+def assert_within_bounds(exact, data, results):
+    ratios = bounds.ratios(exact, data.x, data.grad_y, results)
+    assert ratios
+    assert all(ratio <= 1 for ratio in ratios.values()), ratios
 
 
-def worth(exact, dtype):
+def test_bounds(backend, case, request):
+    data, exact = case
+    reason = MISSED.get((data.dtype.name, data.name))
+    if reason and backend != "numpy":
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    results = sides.fastbn_side(backend)(data.x, data.grad_y, data.gamma, data.beta)
+    assert list(results) == list(bounds.QUANTITIES)
+    assert_within_bounds(exact, data, results)
+
+
+def worth(exact):
     """float64 has no second float for the mean: its rounding, 1e-16 of the mean, is an error in every deviation."""
-    return 1 if dtype == np.float32 else 1 + np.abs(exact.mean) / np.sqrt(exact.var + 1e-5) / 100
+    return 1 + np.abs(exact.mean) * exact.invstd / 100
 
 
-def test_y(backend, dtype, case):
-    x, exact = case.x, case.exact
-    y, _ = fastbn.batch_norm(x, backend=backend)
-    assert_close(y, exact.y, "hard y", dtype, np.maximum(1, np.abs(exact.y)) * worth(exact, dtype))
+@pytest.mark.parametrize("name", [name for dtype, name in IN_PYTEST if dtype == "float64"])
+def test_float64_beyond_what_is_stated(backend, name):
+    data, exact = exact_of("float64", name)
+    results = sides.fastbn_side(backend)(data.x, data.grad_y, data.gamma, data.beta)
+    y, grad_x = exact.y(data.x.T).T, exact.grad_x(data.x.T, data.grad_y.T).T
+    assert_close(results["y"], y, "hard y", data.dtype, np.maximum(1, np.abs(y)) * worth(exact))
+    few = len(data.x) <= 4  # of two rows a gradient of 0 is left, up to the rounding of the terms that cancel
+    largest = np.abs(exact.gamma * exact.invstd * data.grad_y if few else grad_x).max(axis=0)
+    assert_close(results["grad_x"], grad_x, "hard grad", data.dtype, largest * worth(exact))
+    terms = np.abs(data.grad_y * exact.x_hat(data.x.T).T).sum(axis=0)
+    assert_close(results["grad_gamma"], exact.grad_gamma, "hard grad", data.dtype, terms * worth(exact))
+    assert_close(results["grad_beta"], exact.grad_beta, "hard grad", data.dtype, np.abs(data.grad_y).sum(axis=0))
 
 
-def test_gradients(backend, dtype, case):
-    name, x, grad_y, exact, gradients = case
-    _, saved = fastbn.batch_norm(x, backend=backend)
-    grad_x, grad_gamma, grad_beta = fastbn.batch_norm_backward(grad_y, saved, backend=backend)
-    # Of two rows a gradient of 0 is left, up to the rounding of the terms that cancel.
-    largest = gradients.grad_x_terms if name in ("2 rows", "3 rows") else gradients.grad_x_largest
-    assert_close(grad_x, gradients.grad_x, "hard grad", dtype, largest * worth(exact, dtype))
-    assert_close(grad_gamma, gradients.grad_gamma, "hard grad", dtype, gradients.grad_gamma_terms * worth(exact, dtype))
-    assert_close(grad_beta, gradients.grad_beta, "hard grad", dtype, gradients.grad_beta_terms)
+class Turned(NamedTuple):
+    """Rows and columns as another layout, and back."""
+
+    there: object
+    back: object
+    axis: int = 1
+
+
+def images(*inner):
+    """(rows, columns) as (batch, columns, *inner)."""
+    return Turned(
+        lambda x: np.ascontiguousarray(np.moveaxis(x.reshape(-1, *inner, x.shape[1]), -1, 1)),
+        lambda y: np.moveaxis(y, 1, -1).reshape(-1, y.shape[1]),
+    )
+
+
+def every_other_row(x):
+    wide = np.zeros((2 * len(x), x.shape[1]), x.dtype)
+    wide[::2] = x
+    return wide[::2]
+
+
+def some_columns(x):
+    wide = np.zeros((len(x), x.shape[1] + 5), x.dtype)
+    wide[:, 2:-3] = x
+    return wide[:, 2:-3]
+
+
+LAYOUTS = {
+    "Fortran": Turned(np.asfortranarray, np.asarray),
+    "NCL, 5": images(5),
+    "NCHW, 4 x 10": images(4, 10),
+    "NCDHW, 3 x 5 x 20": images(3, 5, 20),
+    "channels last": Turned(lambda x: x.reshape(-1, 4, 10, x.shape[1]), lambda y: y.reshape(-1, y.shape[-1]), -1),
+    "every other row": Turned(every_other_row, np.asarray),
+    "some columns": Turned(some_columns, np.asarray),
+}
+IN_LAYOUTS = ["mean/std 1e+06", "first row an outlier", "300 rows of outliers first", "1e30 inside among ones",
+              "scales 1e-30 to 1e30", "subnormals of float32", "alternating signs"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", IN_LAYOUTS)
+def test_bounds_in_other_layouts(backend, dtype, name, layout):
+    data, exact = exact_of(dtype.name, name)
+    there, back, axis = LAYOUTS[layout]
+    y, saved = fastbn.batch_norm(there(data.x), data.gamma, data.beta, axis=axis, eps=EPS, backend=backend)
+    grad_x, grad_gamma, grad_beta = fastbn.batch_norm_backward(there(data.grad_y), saved, backend=backend)
+    assert_within_bounds(exact, data, {
+        "mean": saved.mean, "var": saved.var, "y": back(y),
+        "grad_x": back(grad_x), "grad_gamma": grad_gamma, "grad_beta": grad_beta,
+    })
 
 
 @pytest.mark.parametrize("mean", [1e2, 1e4, 1e6])
 def test_gradients_of_a_loss_with_a_large_mean(backend, dtype, mean):
     """What grad_y has in common cancels: grad_x must not lose what differs."""
     rng = np.random.default_rng(5)
-    x, grad_y = rng.standard_normal((N, 5)).astype(dtype), (rng.standard_normal((N, 5)) + mean).astype(dtype)
-    _, saved = fastbn.batch_norm(x, backend=backend)
-    gradients = Exact(x).backward(grad_y)
+    x, grad_y = rng.standard_normal((3000, 5)).astype(dtype), (rng.standard_normal((3000, 5)) + mean).astype(dtype)
+    _, saved = fastbn.batch_norm(x, eps=EPS, backend=backend)
+    exact = Exact(x, grad_y, np.ones(5), np.zeros(5), EPS).grad_x(x.T, grad_y.T).T
     grad_x, _, _ = fastbn.batch_norm_backward(grad_y, saved, backend=backend)
-    scale = gradients.grad_x_largest * (1 if dtype == np.float32 else 1 + mean / 100)
-    assert_close(grad_x, gradients.grad_x, "hard grad", dtype, scale)
-
-
-@pytest.mark.parametrize("axes", ["Fortran", "NCHW 32", "NCHW 49", "NCHW 5"])
-@pytest.mark.parametrize("make", [offset(1e4), offset(1e6), outlier(0), outlier(slice(0, 160))],
-                         ids=["1e4", "1e6", "outlier first", "outliers first"])
-def test_other_sweeps(backend, dtype, make, axes):
-    x = make(np.random.default_rng(11), dtype).astype(dtype)
-    if axes == "Fortran":
-        x = np.asfortranarray(x)
-    else:
-        inner = int(axes.split()[1])
-        x = np.ascontiguousarray(x[: N // inner * inner].reshape(-1, inner, 5).transpose(0, 2, 1))
-    exact = Exact(x)
-    y, saved = fastbn.batch_norm(x, backend=backend)
-    assert_close(saved.mean, exact.mean, "hard mean", dtype, np.maximum(np.abs(exact.mean), exact.std))
-    assert_close(saved.var, exact.var, "hard var", dtype)
-    if dtype == np.float32:
-        assert_close(y, exact.y, "hard y", dtype, np.maximum(1, np.abs(exact.y)))
-
-
-def test_mean_over_std_of_1e7(backend):
-    """Beyond float32's own resolution: what is left of the data is still normalized exactly."""
-    x = (np.random.default_rng(1).standard_normal((N, 5)) + 1e7).astype(np.float32)
-    exact = Exact(x)
-    y, saved = fastbn.batch_norm(x, backend=backend)
-    assert_close(saved.mean, exact.mean, "hard mean", np.float32, np.abs(exact.mean))
-    assert_close(saved.var, exact.var, "hard var", np.float32)
-    assert_close(y, exact.y, "hard y", np.float32, np.maximum(1, np.abs(exact.y)))
-
-
-@pytest.mark.parametrize("ratio", [1e8, 1e10])
-def test_float64_beyond_1e6_loses_no_more_than_the_condition_number(backend, ratio):
-    x = np.random.default_rng(1).standard_normal((N, 5)) + ratio
-    exact, moments = Exact(x), fastbn.moments(x, backend=backend)
-    assert_close(moments.mean, exact.mean, "hard mean", np.float64, np.abs(exact.mean))
-    assert_close(moments.var(), exact.var, "hard var", np.float64)
+    scale = np.abs(exact).max(axis=0) * (1 if dtype == np.float32 else 1 + mean / 100)
+    assert_close(grad_x, exact, "hard grad", dtype, scale)
 
 
 def test_subnormals_of_float64(backend):
     """Their squares are 0 in float64, so the variance is, and eps alone is left to divide by."""
-    x = np.random.default_rng(6).integers(1, 1000, (N, 5)) * 2.0**-1074
+    x = np.random.default_rng(6).integers(1, 1000, (3000, 5)) * 2.0**-1074
     y, saved = fastbn.batch_norm(x, backend=backend)
     np.testing.assert_array_equal(saved.var, np.zeros(5))
     np.testing.assert_allclose(saved.mean, x.mean(axis=0), rtol=0, atol=2.0**-1073)
     assert np.abs(y).max() < 1e-300
 
 
+@pytest.mark.parametrize("scale", [1e155, 1e200, 1e300])
+def test_squares_that_overflow_float64_spoil_their_column_alone(backend, scale):
+    """The limit that docs/numerics.md states: never a wrong finite variance, and no word of warning."""
+    clean = np.random.default_rng(7).standard_normal((3000, 5))
+    x = clean.copy()
+    x[:, 2] *= scale
+    grad_y, others = np.ones_like(x), [0, 1, 3, 4]
+    results = []
+    for batch in (clean, x):
+        y, saved = fastbn.batch_norm(batch, backend=backend)
+        results.append((y, saved.mean, saved.var, *fastbn.batch_norm_backward(grad_y, saved, backend=backend)))
+    for expected, actual in zip(*results, strict=True):
+        np.testing.assert_array_equal(actual[..., others], expected[..., others])
+    assert not np.isfinite(results[1][2][2])
+
+
 @pytest.mark.parametrize("shape", [(2, 3), (100, 3), (5000, 3), (40, 700), (6, 3, 5), (30, 3, 49)])
-@pytest.mark.parametrize("value", [0, 1, 14.62, 1e7, 1e30, -1e-30, 0.1])
+@pytest.mark.parametrize("value", [*cases.CONSTANTS, 0.1])
 def test_constant_columns(backend, dtype, rng, value, shape):
     x = np.full(shape, value, dtype)
     gamma, beta = (rng.uniform(-2, 2, shape[1]).astype(dtype) for _ in range(2))
@@ -193,33 +190,101 @@ def test_constant_columns_whose_squares_overflow(backend, value):
     np.testing.assert_array_equal(y, np.zeros((1000, 2)))
 
 
-@pytest.mark.parametrize("order", ["as drawn", "smallest first", "largest first", "shuffled"])
-def test_moments_merged_from_1000_pieces(backend, dtype, order):
-    rng = np.random.default_rng(4)
-    x = rng.normal([0, 1e3, 1e6], 1, (40_000, 3)).astype(dtype)
-    x[12_345] += 1e6
-    borders = np.sort(rng.choice(np.arange(1, len(x)), 999, replace=False))
-    pieces = [fastbn.moments(piece, num_threads=1, backend=backend) for piece in np.split(x, borders)]
-    pieces = {
-        "as drawn": lambda: pieces,
-        "smallest first": lambda: sorted(pieces, key=lambda piece: piece.count),
-        "largest first": lambda: sorted(pieces, key=lambda piece: -piece.count),
-        "shuffled": lambda: [pieces[i] for i in rng.permutation(1000)],
-    }[order]()
-    merged = sum(pieces, fastbn.Moments.empty(3))
-    exact = Exact(x)
-    assert merged.count == 40_000
-    assert_close(merged.mean, exact.mean, "hard mean", dtype, np.maximum(np.abs(exact.mean), exact.std))
-    assert_close(merged.var(), exact.var, "hard var", dtype)
+@pytest.mark.parametrize("name", cases.PIECES)
+def test_moments_merged_from_1000_pieces(backend, dtype, name, request):
+    if dtype == np.float64 and name in MERGES_MISSED:
+        request.applymarker(pytest.mark.xfail(reason="the means of pieces are rounded to float64", strict=True))
+    found = promises.merged(name, dtype.name, backend)
+    assert list(found) == list(cases.ORDERS)
+    assert all(ratio <= 1 for ratio in found.values()), found
 
 
-@pytest.mark.parametrize("name", ["mean/std 1e+06", "outlier first", "1e30 first among ones", "alternating signs"])
-def test_the_oracle_itself_against_rational_arithmetic(dtype, name):
-    x = CASES[name](np.random.default_rng(11), dtype)[:200, 0].astype(dtype)
-    values = [Fraction(float(value)) for value in x]
-    mean = sum(values) / len(values)
-    var = sum((value - mean) ** 2 for value in values) / len(values)
-    exact = Exact(x[:, None])
-    size = max(abs(mean), Fraction(float(exact.std[0])))
-    assert abs(Fraction(*exact.mean[0].as_integer_ratio()) - mean) < Fraction(1, 10**17) * size
-    assert abs(Fraction(*exact.var[0].as_integer_ratio()) - var) < Fraction(1, 10**15) * var
+@pytest.mark.parametrize("name", cases.PIECES)
+def test_the_order_of_merging_does_not_matter(backend, name):
+    errors = promises.merged(name, "float64", backend).values()
+    assert max(errors) - min(errors) <= 1
+
+
+# ------------------------------------------------------------------------------------------------------ the judges
+
+
+RATIONAL = ["mean/std 1e+06", "first row an outlier", "1e30 first among ones", "alternating signs",
+            "subnormals of float32", "2 rows"]
+
+
+def fractions(values):
+    return [Fraction(float(value)) for value in values]
+
+
+@pytest.mark.parametrize("name", RATIONAL)
+def test_the_oracle_against_rational_arithmetic(dtype, name):
+    data = Data(name, dtype)
+    x, dy = data.x[:100, :1], data.grad_y[:100, :1]
+    exact = Exact(x, dy, data.gamma[:1], data.beta[:1], EPS)
+    xs, dys, n = fractions(x[:, 0]), fractions(dy[:, 0]), len(x)
+    (gamma,), (beta,) = fractions(data.gamma[:1]), fractions(data.beta[:1])
+    mean = sum(xs) / n
+    var = sum((value - mean) ** 2 for value in xs) / n
+    assert (exact.means, exact.vars) == ([mean], [var])
+    # invstd to some 290 bits, by the integer square root; the rest is exact again
+    invstd = 1 / (Fraction(isqrt((var + Fraction(EPS)) * 4**300)) / 2**300)
+    x_hat = [(value - mean) * invstd for value in xs]
+    grad_beta, grad_gamma = sum(dys), sum(a * b for a, b in zip(dys, x_hat, strict=True))
+    ys = [gamma * value + beta for value in x_hat]
+    grad_xs = [
+        gamma * invstd * (a - grad_beta / n - b * grad_gamma / n) for a, b in zip(dys, x_hat, strict=True)
+    ]
+    near = 1e-14 if len(x) > 2 else 1e-10  # of two rows next to nothing is left
+    for actual, expected in ((exact.y(x.T)[0], ys), (exact.grad_x(x.T, dy.T)[0], grad_xs),
+                             (exact.grad_gamma, [grad_gamma]), (exact.grad_beta, [grad_beta])):
+        expected = np.array(expected, np.float64)
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=near * np.abs(expected).max())
+
+
+def isqrt(fraction):
+    """The square root of the whole part, rounded down."""
+    return math.isqrt(fraction.numerator // fraction.denominator)
+
+
+def test_exact_sums_are_exact(rng):
+    values = np.concatenate([rng.standard_normal(3000) * 10.0 ** rng.integers(-300, 300, 3000), [0.0, -0.0, 5e-324]])
+    assert exact_sum(values) == sum(fractions(values))
+    long = np.resize([1e16, 1.0, -1e16, 2.0**-60], 200_001)  # more than a piece
+    assert exact_sum(long) == sum(fractions(long))
+    a, b = rng.standard_normal((2, 500)) * 10.0 ** rng.integers(-60, 60, (2, 500))
+    assert exact_sum_of_products(a, b) == sum(p * q for p, q in zip(fractions(a), fractions(b), strict=True))
+    with pytest.raises(ValueError, match="too different"):
+        exact_sum_of_products(np.array([1.0, 1e-200]), np.array([1.0, 1.0]))
+
+
+@pytest.mark.parametrize("name", ["mean", "var", "y", "grad_x", "grad_gamma", "grad_beta"])
+@pytest.mark.parametrize(("off", "within"), [(0.9, True), (1.1, False), (np.nan, False), (np.inf, False)])
+def test_the_comparator(name, off, within):
+    """Results that are off by 0.9 and by 1.1 of the bound."""
+    data, exact = exact_of("float32", "mean/std 1")
+    y, grad_x = exact.y(data.x.T).T, exact.grad_x(data.x.T, data.grad_y.T).T
+    right = {"mean": exact.mean, "var": np.array(exact.vars, np.float64), "y": y, "grad_x": grad_x,
+             "grad_gamma": exact.grad_gamma, "grad_beta": exact.grad_beta}[name].copy()
+    at = (17, 3) if right.ndim == 2 else 3
+    allowed = {
+        "mean": 1e-7 * max(abs(exact.mean[3]), exact.std[3]), "var": 1e-7 * right[at],
+        "y": 4 * np.spacing(np.float32(max(1, abs(y[17, 3])))),
+        "grad_x": 8 * np.spacing(np.float32(np.abs(grad_x[:, 3]).max())),
+    }.get(name, 8 * np.spacing(np.float32(abs(right[at]))))
+    right[at] += off * allowed
+    ratio = bounds.ratios(exact, data.x, data.grad_y, {name: right})[name]
+    assert (ratio <= 1) == within
+    if np.isfinite(off):
+        np.testing.assert_allclose(ratio, off, rtol=1e-3)
+
+
+@pytest.mark.skipif(not by_longdouble.HAS_WIDE, reason="longdouble is float64 here")
+def test_the_two_oracles_agree(dtype):
+    """The exact sums, and the reference's kernels on longdouble data, which the other tests use."""
+    data, exact = exact_of(dtype.name, "mean/std 10000")
+    other = by_longdouble.Exact(data.x, data.gamma, data.beta, eps=EPS)
+    gradients = other.backward(data.grad_y)
+    for actual, expected in ((exact.mean, other.mean), (exact.std, other.std), (exact.y(data.x.T).T, other.y),
+                             (exact.grad_x(data.x.T, data.grad_y.T).T, gradients.grad_x),
+                             (exact.grad_gamma, gradients.grad_gamma)):
+        np.testing.assert_allclose(actual, expected.astype(np.float64), rtol=1e-12, atol=1e-14)

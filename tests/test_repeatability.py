@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from layouts import LARGE, LAYOUTS, draw, drawn
+from layouts import LARGE, LAYOUTS, Layout, draw, drawn
 from tolerances import assert_same_bits
 
 import fastbn
@@ -45,6 +45,27 @@ def test_any_number_of_threads_for_a_large_array(compiled):
     y = np.array(data.x)  # in place: no longer past the caches
     fastbn.batch_norm(y, data.gamma, data.beta, activation="relu", out=y, backend=compiled)
     assert_same_bits(y, expected[0], "y in place")
+    moved = [at_address(array, offset) for array, offset in zip(data[:4], (4, 20, 36, 60), strict=True)]
+    outs = [at_address(data.x, offset) for offset in (12, 28, 44)]
+    assert_all_the_same(everything(*moved, data.axis, backend=compiled, outs=outs), expected)
+
+
+WORK_FOR_64 = {  # 64 KiB for each thread, less than which none is woken for
+    "2099x513": Layout((2099, 513)),
+    "360007x3": Layout((360_007, 3)),
+    "40x40x28x28": Layout((40, 40, 28, 28)),
+    "Fortran": Layout((27_001, 40), view=np.asfortranarray),
+}
+
+
+@pytest.mark.parametrize("layout", WORK_FOR_64)
+def test_up_to_64_threads(compiled, dtype, layout):
+    """Some numbers of them; `fastbn accuracy` takes all of 1 to 64."""
+    data = draw(WORK_FOR_64[layout], dtype)
+    assert data.x.nbytes >= 64 * 65536
+    expected = everything(*data, backend=compiled, num_threads=1)
+    for n in (5, 13, 32, 64):
+        assert_all_the_same(everything(*data, backend=compiled, num_threads=n), expected)
 
 
 @pytest.mark.parametrize("layout", SOME_LAYOUTS)
@@ -116,6 +137,34 @@ def test_any_address(compiled, dtype, layout, offset):
     assert moved[0].flags.aligned == (offset % dtype.itemsize == 0)
     assert_all_the_same(everything(*moved, axis, backend=compiled), expected)
     assert_all_the_same(everything(*arrays, axis, backend=compiled, outs=outs), expected)
+
+
+@pytest.mark.parametrize("layout", ["260x513", "inner 49"])
+def test_every_address(compiled, layout):
+    x, grad_y, gamma, beta, axis = drawn(layout, np.dtype(np.float32))
+    expected = everything(x, grad_y, gamma, beta, axis, backend=compiled)
+    for offset in range(64):
+        moved = [at_address(array, (offset + i) % 64) for i, array in enumerate((x, grad_y, gamma, beta))]
+        assert_all_the_same(everything(*moved, axis, backend=compiled), expected)
+
+
+def padded(values, columns):
+    """A copy of values whose rows are that many more columns apart; upside down in memory where columns is negative."""
+    wide = np.full((len(values), values.shape[1] + abs(columns)), 99, values.dtype)
+    rows = wide[::-1] if columns < 0 else wide
+    rows[:, : values.shape[1]] = values
+    return rows[:, : values.shape[1]]
+
+
+@pytest.mark.parametrize("layout", ["260x513", "9001x3", "1301x77"])
+def test_many_row_strides(compiled, dtype, layout):
+    x, grad_y, gamma, beta, axis = drawn(layout, dtype)
+    expected = everything(x, grad_y, gamma, beta, axis, backend=compiled)
+    for columns in (*range(1, 18), 64, 511, -1, -3, -16):
+        strided = padded(x, columns), padded(grad_y, -columns)
+        outs = [padded(np.zeros_like(x), columns + i) for i in range(3)]
+        assert_all_the_same(everything(*strided, gamma, beta, axis, backend=compiled), expected)
+        assert_all_the_same(everything(*strided, gamma, beta, axis, backend=compiled, outs=outs), expected)
 
 
 def test_backends_and_layouts_differ_by_rounding_alone(compiled):

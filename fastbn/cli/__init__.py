@@ -1,4 +1,4 @@
-"""The command line: fastbn info | demo | bench. Each subcommand is one module, imported when it is asked for."""
+"""The command line: fastbn info | demo | bench | accuracy. Each subcommand is a module, imported when asked for."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "info": "what fastbn found on this machine, and what it chose",
     "demo": "train a network on real digits with and without batch normalization, and draw it",
     "bench": "measure fastbn against the installed peers and the speed of memory",
+    "accuracy": "measure the errors of fastbn and of the installed peers on hard data",
 }
 
 
