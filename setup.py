@@ -139,6 +139,8 @@ def extensions() -> list[Extension]:
 
 
 setup(
-    ext_modules=cythonize(extensions(), build_dir=str(BUILD / "debug" if DEBUG else BUILD), include_path=[str(KERNELS)]),
+    ext_modules=cythonize(
+        extensions(), build_dir=str(BUILD / "debug" if DEBUG else BUILD), include_path=[str(KERNELS)]
+    ),
     cmdclass={"build_ext": BuildKernels},
 )
