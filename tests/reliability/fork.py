@@ -12,7 +12,7 @@ from functools import partial
 import fastbn
 from reliability import work
 
-PATIENCE = 60  # seconds for a child
+PATIENCE = 30  # seconds for a child
 
 
 def run(tally, scale):

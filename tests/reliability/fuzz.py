@@ -3,6 +3,10 @@ polars), memory shared by x and out in part, and arguments, right and wrong ones
 right against the reference in long double precision, within tests/tolerances.py, and writes nothing beside its output;
 or it raises the error that the documentation names, and writes nothing at all."""
 
+import multiprocessing
+import os
+from collections import Counter
+
 import numpy as np
 from hypothesis import HealthCheck, given, seed, settings
 from oracle import Exact
@@ -12,24 +16,31 @@ import fastbn
 from reliability.examples import examples
 
 PER_SEED = 500  # examples
+BACKENDS = [None, "auto", *fastbn.available_backends()]
 
 
 def run(tally, scale):
-    total = round(20_000 * scale)
-    backends = [None, "auto", *fastbn.available_backends()]
-    first = int(np.random.default_rng().integers(2**31))
+    seeds = np.random.default_rng().integers(2**31) + np.arange(round(20_000 / PER_SEED * scale))
+    with multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
+        for done, (kinds, losses) in enumerate(pool.imap_unordered(examples_of_seed, seeds.tolist())):
+            for kind, n in kinds.items():
+                tally.count(kind, n)
+            for loss in losses:
+                tally.expect(False, loss)
+            tally.progress(done / len(seeds))
+
+
+def examples_of_seed(number):
+    """How many of each kind, and what was wrong: the smallest example that hypothesis finds."""
+    kinds, losses = Counter(), []
     options = settings(max_examples=PER_SEED, deadline=None, database=None, derandomize=False, print_blob=True,
                        suppress_health_check=list(HealthCheck))
-    for done in range(0, total, PER_SEED):
-        def counted(example):
-            tally.count(check(example))
-
-        try:
-            seed(first + done)(options(given(examples(backends))(counted)))()
-        except Exception as error:
-            notes = "; ".join(getattr(error, "__notes__", ()))
-            tally.expect(False, f"seed {first + done}: {type(error).__name__}: {error} {notes}"[:2000])
-        tally.progress(done / total)
+    try:
+        seed(number)(options(given(examples(BACKENDS))(lambda example: kinds.update([check(example)]))))()
+    except Exception as error:
+        notes = "; ".join(getattr(error, "__notes__", ()))
+        losses.append(f"seed {number}: {type(error).__name__}: {error} {notes}"[:3000])
+    return kinds, losses
 
 
 def check(example):
@@ -79,8 +90,10 @@ def right_answers(example, x, y, saved):
     axis, eps = example.arguments["axis"], float(example.arguments["eps"])
     relu = example.arguments["activation"] == "relu"
     exact = Exact(x, gamma, beta, axis=axis, eps=eps)
+    condition = conditions(exact, dtype)
+    wide = condition.reshape([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)])
     assert_close(saved.mean, exact.mean, "mean", dtype, np.maximum(np.abs(exact.mean), exact.std))
-    assert_close(y, np.maximum(exact.y, 0) if relu else exact.y, "y", dtype, exact.y_terms)
+    assert_close(y, np.maximum(exact.y, 0) if relu else exact.y, "y", dtype, exact.y_terms * wide)
     moments = fastbn.moments(example.given, axis=axis, **options)
     assert_same_bits(moments.mean, saved.mean)
     assert_close(moments.var(), exact.var, "var", dtype)
@@ -88,7 +101,7 @@ def right_answers(example, x, y, saved):
     statistics = saved.mean, saved.var + 0.25
     constant = Exact(x, gamma, beta, axis=axis, eps=eps, mean=statistics[0], var=statistics[1])
     inferred = fastbn.batch_norm_inference(example.given, *statistics, **example.arguments)
-    assert_close(inferred, np.maximum(constant.y, 0) if relu else constant.y, "y", dtype, constant.y_terms)
+    assert_close(inferred, np.maximum(constant.y, 0) if relu else constant.y, "y", dtype, constant.y_terms * wide)
 
     if example.in_place and x.flags.aligned and example.given.flags.aligned:
         try:
@@ -100,8 +113,8 @@ def right_answers(example, x, y, saved):
     grad_y = example.grad_y.astype(dtype)
     gradients = exact.backward(grad_y, on=y > 0 if relu else None)
     grad_x, grad_gamma, grad_beta = fastbn.batch_norm_backward(example.grad_y, saved, **options)
-    assert_close(grad_x, gradients.grad_x, "grad_x", dtype, gradients.grad_x_terms)
-    assert_close(grad_gamma, gradients.grad_gamma, "grad_gamma", dtype, gradients.grad_gamma_terms)
+    assert_close(grad_x, gradients.grad_x, "grad_x", dtype, gradients.grad_x_terms * wide)
+    assert_close(grad_gamma, gradients.grad_gamma, "grad_gamma", dtype, gradients.grad_gamma_terms * condition)
     assert_close(grad_beta, gradients.grad_beta, "grad_beta", dtype, gradients.grad_beta_terms)
     if example.grad_y.dtype == dtype and example.grad_y.dtype.isnative:
         memory = root(example.grad_y)
@@ -109,3 +122,9 @@ def right_answers(example, x, y, saved):
         assert_same_bits(fastbn.batch_norm_backward(example.grad_y, saved, out=example.grad_y, **options)[0], grad_x)
         example.grad_y[...] = covered
         assert memory.tobytes() == before, "written to beside grad_x"
+
+
+def conditions(exact, dtype):
+    """A float64 mean is rounded to 2**-53 of its size; measured in standard deviations, that is so much of it. Float32
+    data is centred by a mean that is exact to its own rounding, whatever the size."""
+    return 1 + np.abs(exact.mean) * exact.invstd * (dtype == np.float64)
