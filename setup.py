@@ -1,11 +1,14 @@
 """The compiled kernels: one source, one extension module per instruction set, chosen at import.
 
-Environment: FASTBN_OPENMP=0 builds without OpenMP (serial kernels).
+Environment: FASTBN_OPENMP=0 builds without OpenMP (serial kernels); FASTBN_SANITIZE=address,undefined compiles the
+kernels with these sanitizers; FASTBN_DEBUG=1 builds for a debugger, with every check that Cython, Python, NumPy and the
+C library have. What is built with other values than the last time is built anew.
 """
 
 import os
 import platform
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -15,6 +18,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("fastbn/kernels")
+BUILD = Path("build/kernels")  # generated C, and what it was generated for
+SANITIZE = os.environ.get("FASTBN_SANITIZE", "")
+DEBUG = os.environ.get("FASTBN_DEBUG", "0") != "0"
 MACROS = [("NPY_NO_DEPRECATED_API", "NPY_1_22_API_VERSION")]
 if sys.platform != "win32":
     # The hot loops need literal sizes, so what is written inline must be inlined: 25 % to 150 % of the speed.
@@ -44,10 +50,19 @@ class BuildKernels(build_ext):
         compile_flags, link_flags = self.openmp_flags()
         if self.builds("int main(void) { return 0; }\n", KEEP_LOOPS, []):
             compile_flags = compile_flags + KEEP_LOOPS
+        self.forget_library_folder()
         for extension in self.extensions:
             extension.extra_compile_args += compile_flags
             extension.extra_link_args += link_flags
         super().build_extensions()
+
+    def forget_library_folder(self) -> None:
+        """The folder that Python was linked with is no business of the kernels, and differs on the user's machine."""
+        own = [word for word in (sysconfig.get_config_var("LDSHARED") or "").split() if word.startswith("-Wl,-rpath")]
+        for name in ("linker_so", "linker_so_cxx"):
+            command = getattr(self.compiler, name, None)
+            if command:
+                setattr(self.compiler, name, [word for word in command if word not in own])
 
     def openmp_flags(self) -> tuple[list[str], list[str]]:
         if os.environ.get("FASTBN_OPENMP") == "0":
@@ -76,23 +91,60 @@ class BuildKernels(build_ext):
         return True
 
 
-def extensions() -> list[Extension]:
+def flags() -> tuple[list[str], list[str]]:
+    """For the compiler and for the linker."""
+    if sys.platform == "win32":
+        return [], []
     # sqrt without errno vectorises; results are the same bits.
-    optimise = [] if sys.platform == "win32" else ["-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
+    compiler = ["-fno-math-errno", "-fno-trapping-math"]
+    if SANITIZE:
+        sanitizers = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
+        return [*compiler, "-O1", "-g", "-fno-omit-frame-pointer", *sanitizers], sanitizers
+    if DEBUG:  # NDEBUG would leave out the assertions of Python's and NumPy's headers
+        return [*compiler, "-O1", "-g", "-UNDEBUG", "-D_FORTIFY_SOURCE=2"], []
+    return [*compiler, "-O3", "-g0", "-DNDEBUG"], []
+
+
+def source(name: str) -> str:
+    """The file of an instruction set; in a debug build a copy of it with Cython's checks on."""
+    path = KERNELS / f"_cython_{name}.pyx"
+    if not DEBUG:
+        return str(path)
+    text = path.read_text()
+    for check in ("boundscheck", "initializedcheck"):
+        text = text.replace(f"{check}=False", f"{check}=True")
+    return written(BUILD / path.name, text)
+
+
+def written(path: Path, text: str) -> str:
+    """The path of a file with this text, whose date tells since when."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+    return str(path)
+
+
+def extensions() -> list[Extension]:
+    compiler, linker = flags()
+    switches = " ".join(f"{name}={os.environ.get(f'FASTBN_{name}', '')}" for name in ("OPENMP", "SANITIZE", "DEBUG"))
+    depends = [str(KERNELS / name) for name in ("cython_kernels.pyx", "cython_calls.pyx", "machine.h")]
     return [
         Extension(
             f"fastbn.kernels._cython_{name}",
-            [str(KERNELS / f"_cython_{name}.pyx")],
+            [source(name)],
             include_dirs=[numpy.get_include(), str(KERNELS)],
             define_macros=MACROS,
-            depends=[str(KERNELS / name) for name in ("cython_kernels.pyx", "cython_calls.pyx", "machine.h")],
-            extra_compile_args=optimise + flags,
+            depends=[*depends, written(BUILD / "switches", switches)],
+            extra_compile_args=compiler + isa_flags,
+            extra_link_args=linker,
         )
-        for name, flags in instruction_sets().items()
+        for name, isa_flags in instruction_sets().items()
     ]
 
 
 setup(
-    ext_modules=cythonize(extensions(), build_dir="build/cython"),
+    ext_modules=cythonize(
+        extensions(), build_dir=str(BUILD / "debug" if DEBUG else BUILD), include_path=[str(KERNELS)]
+    ),
     cmdclass={"build_ext": BuildKernels},
 )

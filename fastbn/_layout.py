@@ -62,7 +62,7 @@ def canonical(x: NDArray[Any], layout: Layout) -> NDArray[Any]:
     contiguous = all(length == 1 or stride == step for length, stride, step in zip(*steps, strict=True))
     if contiguous and x.flags.aligned and view.strides[0] % x.itemsize == 0:
         return view
-    return np.ascontiguousarray(view)
+    return np.require(view, None, ["C", "A"])
 
 
 def empty(layout: Layout) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -122,7 +122,7 @@ def channel_axis(x: NDArray[Any], axis: int) -> int:
 
 
 def per_channel(values: ArrayLike | None, name: str, channels: int, dtype: Any) -> NDArray[Any] | None:
-    """gamma or beta as a contiguous (channels,) array; None stays None."""
+    """gamma or beta as a contiguous, aligned (channels,) array; None stays None."""
     if values is None:
         return None
     array = unmasked(values, name)
@@ -130,7 +130,7 @@ def per_channel(values: ArrayLike | None, name: str, channels: int, dtype: Any) 
         raise TypeError(f"{name} must be real numbers, got dtype {array.dtype}")
     if array.shape != (channels,):
         raise ValueError(f"{name} must have shape ({channels},), got {array.shape}")
-    return np.ascontiguousarray(array, dtype)
+    return np.require(array, dtype, ["C", "A"])
 
 
 def statistics(values: ArrayLike | None, name: str, channels: int) -> NDArray[np.float64]:

@@ -5,13 +5,16 @@ A fresh large array costs more than the kernel that fills it: the system hands o
 and more live in blocks that come back here when the last array on them is gone. A block is owned by the arrays that
 look at it, through their `base`; it can come back only after Python has destroyed all of them, views and slices too, so
 memory still referenced anywhere is never handed out again.
+
+There is no lock: destructors run at any moment, in the middle of anything, and a lock held by another thread at a fork,
+or by one that was interrupted, would never be released. Each step is one operation of a dict, which is atomic, and
+``pop`` gives a piece to one thread alone.
 """
 
 from __future__ import annotations
 
 import operator
 import os
-import threading
 import warnings
 from typing import Any
 
@@ -22,8 +25,7 @@ POOLED_BYTES = 1 << 20
 _GRAIN = 1 << 20  # sizes are rounded up to this, so that batches of nearly the same size share blocks
 _ALIGN = 64
 
-_free: list[NDArray[np.uint8]] = []  # oldest first
-_lock = threading.Lock()
+_free: dict[int, NDArray[np.uint8]] = {}  # by id, oldest first
 
 
 def _default_limit() -> int:
@@ -60,18 +62,19 @@ class _Block:
 
 
 def _give_back(raw: NDArray[np.uint8]) -> None:
-    # Called from destructors, at any moment and in any thread: where the lock is held, the memory is simply freed.
-    if raw.nbytes <= _limit and _lock.acquire(blocking=False):
-        try:
-            _free.append(raw)
-            _trim(_limit)
-        finally:
-            _lock.release()
+    if raw.nbytes <= _limit:
+        _free[id(raw)] = raw
+        _trim(_limit)
 
 
 def _trim(limit: int) -> None:
-    while sum(raw.nbytes for raw in _free) > limit:
-        del _free[0]
+    pieces = _free.copy()
+    excess = sum(raw.nbytes for raw in pieces.values()) - limit
+    for key in pieces:
+        if excess <= 0:
+            break
+        freed = _free.pop(key, None)
+        excess -= 0 if freed is None else freed.nbytes
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -97,10 +100,9 @@ SOURCE = (POOLED_BYTES, empty)  # what the compiled whole calls make their outpu
 
 
 def _take(size: int) -> NDArray[np.uint8] | None:
-    with _lock:
-        for i in range(len(_free) - 1, -1, -1):  # the latest is the likeliest to be in a cache
-            if _free[i].nbytes == size:
-                return _free.pop(i)
+    for key, raw in reversed(_free.copy().items()):  # the latest is the likeliest to be in a cache
+        if raw.nbytes == size and _free.pop(key, None) is not None:
+            return raw
     return None
 
 
@@ -111,8 +113,7 @@ def release_memory() -> None:
     that fills it. At most `set_memory_limit` bytes are kept, by default the lesser of 1 GiB and an eighth of the
     machine's memory.
     """
-    with _lock:
-        _free.clear()
+    _free.clear()
 
 
 def set_memory_limit(nbytes: int) -> None:
@@ -135,12 +136,10 @@ def set_memory_limit(nbytes: int) -> None:
         raise TypeError(f"nbytes must be an integer >= 0, got {nbytes!r}") from None
     if value < 0:
         raise ValueError(f"nbytes must be >= 0, got {value}")
-    with _lock:
-        _limit = value
-        _trim(value)
+    _limit = value
+    _trim(value)
 
 
 def kept_bytes() -> int:
     """Bytes kept now, and referenced by no array."""
-    with _lock:
-        return sum(raw.nbytes for raw in _free)
+    return sum(raw.nbytes for raw in _free.copy().values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -38,6 +39,8 @@ class BatchNorm:
         Fused into the same pass, forward and backward.
     dtype : {float32, float64}
         Of gamma, beta and their gradients. The data is computed in its own dtype, statistics are float64.
+    skip_nonfinite : bool
+        Leave the running statistics as they are where those of a training batch are not all finite, see Notes.
     backend, num_threads
         As in `fastbn.batch_norm`.
 
@@ -48,7 +51,20 @@ class BatchNorm:
         Set by `backward`.
     running_mean, running_var : ndarray of float64, shape (num_features,), or None
     num_batches_tracked : int
+        Training batches that went into the running statistics.
+    num_batches_skipped : int
+        Training batches that did not, because of ``skip_nonfinite``. Part of a copy or a pickle of the layer, but not
+        of `state_dict`, whose keys are PyTorch's own.
     training : bool
+
+    Notes
+    -----
+    One NaN or infinite value in a training batch makes the statistics of its channel NaN or infinite, and y there too.
+    The running statistics of that channel then stay so for good (with any momentum but 1, an average never forgets a
+    NaN), and with them the output of eval mode; the other channels are not touched. PyTorch does the same. With
+    ``skip_nonfinite=True`` such a batch changes neither running_mean nor running_var of any channel, nor
+    num_batches_tracked, so that the average with ``momentum=None`` is over the finite batches; it is counted in
+    num_batches_skipped, and the first one gives a RuntimeWarning. y and the gradients are what the batch gives.
 
     Examples
     --------
@@ -70,6 +86,7 @@ class BatchNorm:
         track_running_stats: bool = True,
         activation: str | None = None,
         dtype: DTypeLike = np.float32,
+        skip_nonfinite: bool = False,
         backend: str | None = None,
         num_threads: int | None = None,
     ) -> None:
@@ -90,6 +107,7 @@ class BatchNorm:
         self.affine = affine
         self.track_running_stats = track_running_stats
         self.activation = activation
+        self.skip_nonfinite = skip_nonfinite
         self.backend = backend
         self.num_threads = num_threads
         self.training = True
@@ -100,6 +118,7 @@ class BatchNorm:
         self.running_mean = np.zeros(num_features) if track_running_stats else None
         self.running_var = np.ones(num_features) if track_running_stats else None
         self.num_batches_tracked = 0
+        self.num_batches_skipped = 0
         self._saved: Saved | None = None
 
     def __call__(self, x: ArrayLike, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
@@ -139,6 +158,16 @@ class BatchNorm:
             return
         seen = self.num_batches_tracked + 1
         weight = 1 / seen if self.momentum is None else self.momentum
+        if self.skip_nonfinite and not np.isfinite(saved.var).all():  # nor is a variance where the mean is not
+            if not self.num_batches_skipped:
+                warnings.warn(
+                    f"the statistics of a training batch are not finite; running_mean and running_var of {self!r} "
+                    "stay as they are, here and from now on (num_batches_skipped counts such batches)",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+            self.num_batches_skipped += 1
+            return
         unbiased = saved.var * (saved.count / (saved.count - 1))
         # All three together, so that an interrupt leaves no half-made update.
         self.running_mean, self.running_var, self.num_batches_tracked = (
@@ -211,33 +240,47 @@ class BatchNorm:
     def load_state_dict(self, state: Mapping[str, ArrayLike]) -> None:
         """Take over what `state_dict` returned, or the arrays of a PyTorch module's. All of it, or nothing.
 
+        A state may lie in a file, without pickle: ``np.savez(path, **layer.state_dict())``, then
+        ``layer.load_state_dict(np.load(path))``, which refuses to run code from the file.
+
         Raises
         ------
         KeyError
             If a key is missing or unknown.
         TypeError, ValueError
-            If an array is not real or has another shape, or a variance or the count is negative.
+            If state is no mapping, an array is not real, not finite or has another shape, or a variance or the count is
+            negative.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be a mapping of names to arrays, got {type(state).__name__}")
         expected = list(self.state_dict())
         missing = [key for key in expected if key not in state]
         unknown = [key for key in state if key not in expected]
         if missing or unknown:
             raise KeyError(f"state must have the keys {expected}; missing: {missing}, unknown: {unknown}")
-        checked = {
-            key: _layout.statistics(state[key], f"state[{key!r}]", self.num_features).copy()
-            for key in expected
-            if key != "num_batches_tracked"
+        arrays = {
+            key: self._state_array(state[key], key) for key in expected if key != "num_batches_tracked"
         }
+        count = self.num_batches_tracked
         if self.track_running_stats:
-            if (checked["running_var"] < 0).any():
-                raise ValueError(f"state['running_var'] must be >= 0, got {checked['running_var'].min()}")
-            count = np.asarray(state["num_batches_tracked"])
-            if count.shape != () or count.dtype.kind not in "iu" or count < 0:
-                raise ValueError(f"state['num_batches_tracked'] must be a whole number >= 0, got {count!r}")
-            self.running_mean, self.running_var = checked["running_mean"], checked["running_var"]
-            self.num_batches_tracked = int(count)
-        if self.affine:
-            self.gamma, self.beta = checked["weight"].astype(self.dtype), checked["bias"].astype(self.dtype)
+            if (arrays["running_var"] < 0).any():
+                raise ValueError(f"state['running_var'] must be >= 0, got {arrays['running_var'].min()}")
+            count = _state_count(state["num_batches_tracked"])
+        # From here on nothing can fail.
+        self.gamma, self.beta = arrays.get("weight"), arrays.get("bias")
+        self.running_mean, self.running_var = arrays.get("running_mean"), arrays.get("running_var")
+        self.num_batches_tracked = count
+
+    def _state_array(self, values: ArrayLike, key: str) -> NDArray[Any]:
+        dtype = self.dtype if key in ("weight", "bias") else np.dtype(np.float64)
+        with np.errstate(over="ignore"):  # what does not fit becomes infinite
+            array = _layout.statistics(values, f"state[{key!r}]", self.num_features).astype(dtype)
+        bad = ~np.isfinite(array)
+        if bad.any():
+            raise ValueError(
+                f"state[{key!r}] must be finite in {dtype}, got {array[bad][0]} in {bad.sum()} of {bad.size} channels"
+            )
+        return array
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickle or a deep copy is the layer, not the batch that it saw last.
@@ -250,3 +293,10 @@ class BatchNorm:
             f"affine={self.affine}, track_running_stats={self.track_running_stats}{options}, dtype={self.dtype}, "
             f"training={self.training})"
         )
+
+
+def _state_count(value: ArrayLike) -> int:
+    count = _layout.unmasked(value, "state['num_batches_tracked']")
+    if count.shape != () or count.dtype.kind not in "iu" or not 0 <= count < 2**63:
+        raise ValueError(f"state['num_batches_tracked'] must be a whole number >= 0, got {count!r}")
+    return int(count)

@@ -4,6 +4,7 @@ import argparse
 import json
 import multiprocessing
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,6 +204,22 @@ def test_an_interrupt_leaves_no_process(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run("--shapes", "24x8", "--peers", "numpy", "--backends", "cython")
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(("option", "writer"), [("--plot", "plot.draw"), ("--markdown", "page.markdown")])
+def test_an_interrupt_while_writing_leaves_the_old_file(tmp_path, monkeypatch, option, writer):
+    target = tmp_path / "page.png"
+    target.write_text("old")
+
+    def interrupt(results, path):
+        if option == "--plot":
+            Path(path).write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"fastbn.bench.{writer}", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run("--quick", "--rounds=1", "--ops=moments", "--shapes=24x8", "--peers=none", option, str(target))
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("page.png", "old")]
 
 
 def test_a_failing_side_is_reported_and_the_others_go_on():

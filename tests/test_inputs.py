@@ -7,6 +7,7 @@ from oracle import Exact
 from tolerances import assert_close, assert_same_bits
 
 import fastbn
+from fastbn import _layout
 
 X = np.array([[1, 2, 3], [4, 6, 9], [5, 5, 5], [0, 8, 7]])
 
@@ -53,6 +54,22 @@ def test_foreign_memory(backend, dtype, convert):
     actual = both(convert(x), convert(grad_y), backend, gamma=convert(gamma), beta=convert(beta))
     for a, b in zip(actual, expected, strict=True):
         assert_same_bits(a, b)
+
+
+def test_kernels_get_aligned_memory_only(dtype):
+    """C says that reading a float at an odd address may do anything, although x86 does it right."""
+    x, _, gamma, _, axis = drawn("1301x77", dtype)
+    layout = _layout.layout_of(x, axis)
+    out, view = _layout.output(unaligned(x), layout, x)
+    assert not out.flags.aligned
+    for array in (
+        view,
+        _layout.canonical(unaligned(x), layout),
+        _layout.data(unaligned(x)),
+        _layout.per_channel(unaligned(gamma), "gamma", 77, dtype),
+        _layout.statistics(unaligned(gamma.astype(np.float64)), "mean", 77),
+    ):
+        assert array.flags.aligned
 
 
 @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")

@@ -1,5 +1,6 @@
 """BatchNorm: train and eval, running statistics by hand, backward, set_identity, state, pickling."""
 
+import contextlib
 import copy
 import pickle
 
@@ -158,6 +159,87 @@ def test_set_identity_gives_x_back(backend, dtype, rng, shape, axis):
     assert_close(layer(x), x, "y", dtype, np.abs(x).max() + np.abs(exact.mean).max())
 
 
+def running(layer):
+    return layer.running_mean.tobytes(), layer.running_var.tobytes(), layer.num_batches_tracked
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0, 1, None])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_skip_nonfinite_as_if_the_batch_had_never_been(backend, dtype, rng, value, momentum):
+    batches = [rng.normal(2, 3, (20, 4)).astype(dtype) for _ in range(5)]
+    layer, clean = (BatchNorm(4, momentum=momentum, backend=backend, skip_nonfinite=skip) for skip in (True, False))
+    skipped = 0
+    for i, x in enumerate(batches):
+        if i % 2:
+            bad = x.copy()
+            bad[i, i % 4] = value
+            before = running(layer)
+            with pytest.warns(RuntimeWarning, match="not finite") if not skipped else contextlib.nullcontext():
+                y = layer(bad)
+            skipped += 1
+            assert running(layer) == before
+            assert_same_bits(y, fastbn.batch_norm(bad, layer.gamma, layer.beta, backend=backend)[0])
+            assert np.isnan(y[:, i % 4]).any()
+            assert layer.backward(x).shape == x.shape
+        else:
+            layer(x)
+            clean(x)
+        assert layer.num_batches_skipped == skipped
+    assert running(layer) == running(clean)
+    assert clean.num_batches_skipped == 0
+
+
+def test_skip_nonfinite_warns_once_and_of_the_caller():
+    layer = BatchNorm(2, skip_nonfinite=True)
+    with pytest.warns(RuntimeWarning, match="not finite.*BatchNorm.*num_batches_skipped") as caught:
+        layer(X * np.nan)
+    assert [warning.filename for warning in caught] == [__file__]
+    for _ in range(2):
+        layer(X * np.nan)  # would raise, as warnings are errors here
+    assert layer.num_batches_skipped == 3
+    assert copy.deepcopy(layer).num_batches_skipped == 3
+    assert list(layer.state_dict()) == STATE
+    layer.load_state_dict(BatchNorm(2).state_dict())
+    assert layer.num_batches_skipped == 3
+
+
+def test_skip_nonfinite_with_the_warning_as_an_error_changes_nothing():
+    layer = BatchNorm(2, skip_nonfinite=True)
+    layer(X)
+    before = snapshot(layer)
+    for _ in range(2):
+        with pytest.raises(RuntimeWarning, match="not finite"):
+            layer(X * np.nan)
+        assert snapshot(layer) == before
+
+
+def test_skip_nonfinite_has_a_say_in_training_with_running_statistics_only():
+    untracked = BatchNorm(2, skip_nonfinite=True, track_running_stats=False)
+    for layer in (untracked, BatchNorm(2, skip_nonfinite=True).eval()):
+        layer(X * np.nan)
+        assert layer.num_batches_skipped == 0
+    layer = BatchNorm(2, skip_nonfinite=True)
+    layer(np.empty((0, 2)))
+    assert layer.num_batches_skipped == 0
+
+
+def test_without_skip_nonfinite_a_nan_stays_in_its_channel_for_good(backend, rng):
+    layer, clean = BatchNorm(3, backend=backend), BatchNorm(3, backend=backend)
+    for i in range(20):
+        x = rng.standard_normal((9, 3))
+        clean(x)
+        x[4, 1] = np.nan if i == 1 else x[4, 1]
+        layer(x)
+    assert layer.num_batches_tracked == 20
+    assert layer.num_batches_skipped == 0
+    assert np.isnan(layer.running_mean[1])
+    assert np.isnan(layer.running_var[1])
+    assert_same_bits(layer.running_var[[0, 2]], clean.running_var[[0, 2]])
+    y = layer.eval()(x)
+    assert np.isnan(y[:, 1]).all()
+    assert_same_bits(y[:, [0, 2]], clean.eval()(x)[:, [0, 2]])
+
+
 def test_state_round_trip(dtype):
     layer, other = trained(dtype=dtype), BatchNorm(4, dtype=dtype)
     state = layer.state_dict()
@@ -185,6 +267,17 @@ def test_state_round_trip(dtype):
         ({"num_batches_tracked": -1}, ValueError, r"state\['num_batches_tracked'\] must be a whole number.*-1"),
         ({"num_batches_tracked": 2.5}, ValueError, r"state\['num_batches_tracked'\] must be a whole number"),
         ({"num_batches_tracked": np.ones(2, int)}, ValueError, r"\['num_batches_tracked'\] must be a whole number"),
+        ({"num_batches_tracked": True}, ValueError, r"state\['num_batches_tracked'\] must be a whole number"),
+        ({"num_batches_tracked": np.uint64(2**63)}, ValueError, r"\['num_batches_tracked'\] must be a whole number"),
+        ({"num_batches_tracked": [[1], 2]}, ValueError, r"\['num_batches_tracked'\] must be an array of numbers"),
+        ({"running_mean": np.array([1, np.nan, 1, 1])}, ValueError,
+         r"state\['running_mean'\] must be finite in float64, got nan in 1 of 4"),
+        ({"running_var": np.full(4, np.nan)}, ValueError, r"state\['running_var'\] must be finite .* nan in 4 of 4"),
+        ({"bias": np.array([1, -np.inf, 1, 1])}, ValueError, r"state\['bias'\] must be finite in float32, got -inf"),
+        ({"weight": np.full(4, 1e300)}, ValueError, r"state\['weight'\] must be finite in float32, got inf in 4 of 4"),
+        ({"weight": np.full(4, "1")}, TypeError, r"state\['weight'\] must be real numbers, got dtype <U1"),
+        ({"weight": np.full(4, 1, object)}, TypeError, r"state\['weight'\] must be real numbers, got dtype object"),
+        ({"weight": np.ma.masked_equal([1, 2, 3, 4], 2)}, TypeError, r"state\['weight'\] must not be a masked array"),
         ({"momentum": 1}, KeyError, r"unknown: \['momentum'\]"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
@@ -196,6 +289,24 @@ def test_a_state_that_does_not_fit_changes_nothing(change, error, words):
     with pytest.raises(error, match=words):
         layer.load_state_dict(state | change)
     assert snapshot(layer) == before
+
+
+@pytest.mark.parametrize("state", [None, 5, "weight", STATE, np.ones(4)], ids=repr)
+def test_a_state_that_is_no_mapping(state):
+    layer = trained()
+    before = snapshot(layer)
+    with pytest.raises(TypeError, match="state must be a mapping of names to arrays, got "):
+        layer.load_state_dict(state)
+    assert snapshot(layer) == before
+
+
+def test_state_in_a_file(tmp_path):
+    layer, other = trained(), BatchNorm(4)
+    np.savez(tmp_path / "layer.npz", **layer.state_dict())
+    with np.load(tmp_path / "layer.npz") as state:
+        other.load_state_dict(state)
+    for key, value in layer.state_dict().items():
+        assert_same_bits(other.state_dict()[key], value, key)
 
 
 @pytest.mark.parametrize("key", STATE)

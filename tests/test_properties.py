@@ -1,7 +1,6 @@
-"""What holds for any data, by hypothesis: identities of batch norm and moments; any shape, stride, order and dtype."""
+"""Identities of batch norm and moments, which hold for any data, by hypothesis. Any arguments: test_fuzz.py."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Exact
@@ -105,60 +104,3 @@ def test_pieces_merge_into_the_whole_in_any_order(backend, batch, borders, order
         assert moments.count == exact.x.shape[2]
         assert_close(moments.mean, exact.mean, "hard mean", np.float64, np.maximum(np.abs(exact.mean), exact.std))
         assert_close(moments.var(), exact.var, "hard var", np.float64)
-
-
-@st.composite
-def strided(draw):
-    """An array of any shape, axis order, strides and dtype, a channel axis, and a writeable out of other strides."""
-    rng = np.random.default_rng(draw(seeds))
-    dtype = draw(dtypes)
-    shape = draw(st.lists(st.integers(1, 9), min_size=2, max_size=5))
-    shape[draw(st.integers(0, len(shape) - 1))] = draw(st.integers(2, 60))
-    axis = draw(st.integers(-len(shape), len(shape) - 1))
-
-    def view():
-        order = draw(st.permutations(range(len(shape))))
-        steps = [draw(st.sampled_from([1, 1, 1, 2, 3, -1, -2])) for _ in shape]
-        memory = np.full([1 + abs(steps[i]) * shape[i] for i in order], 7, dtype)
-        index = tuple(slice(None, None, steps[i]) for i in order)
-        cut = tuple(slice(shape[i]) for i in order)
-        return memory[index][cut].transpose(np.argsort(order))
-
-    x, grad_y, out = view(), view(), view()
-    x[...] = rng.standard_normal(shape) * 3 + 1
-    grad_y[...] = rng.standard_normal(shape)
-    channels = shape[axis]
-    gamma = draw(st.sampled_from([None, rng.uniform(0.5, 2, channels).astype(dtype)]))
-    beta = draw(st.sampled_from([None, rng.standard_normal(channels).astype(draw(dtypes))]))
-    return x, grad_y, out, axis, gamma, beta
-
-
-@settings(max_examples=120)
-@given(data=strided(), eps=st.sampled_from([1e-5, 1e-3]), num_threads=st.integers(1, 9))
-def test_any_shape_and_strides(backend, data, eps, num_threads):
-    x, grad_y, out, axis, gamma, beta = data
-    dtype = x.dtype
-    assert x.shape == grad_y.shape == out.shape
-    if x.size == x.shape[axis]:
-        with pytest.raises(ValueError, match="more than one value per channel"):
-            fastbn.batch_norm(x, axis=axis, backend=backend)
-        return
-    beta = None if beta is None else beta.astype(dtype)
-    options = {"num_threads": num_threads, "backend": backend}
-    exact = Exact(x, gamma, beta, axis=axis, eps=eps)
-    y, saved = fastbn.batch_norm(x, gamma, beta, axis=axis, eps=eps, **options)
-    assert_close(saved.mean, exact.mean, "mean", dtype, np.maximum(np.abs(exact.mean), exact.std))
-    assert_close(y, exact.y, "y", dtype, exact.y_terms)
-    gradients = exact.backward(grad_y)
-    grad_x, grad_gamma, grad_beta = fastbn.batch_norm_backward(grad_y, saved, **options)
-    assert_close(grad_x, gradients.grad_x, "grad_x", dtype, gradients.grad_x_terms)
-    assert_close(grad_gamma, gradients.grad_gamma, "grad_gamma", dtype, gradients.grad_gamma_terms)
-    assert_close(grad_beta, gradients.grad_beta, "grad_beta", dtype, gradients.grad_beta_terms)
-
-    around = out.base.copy()
-    assert fastbn.batch_norm(x, gamma, beta, axis=axis, eps=eps, out=out, **options)[0] is out
-    assert_same_bits(out, y)
-    fastbn.batch_norm_backward(grad_y, saved, out=out, **options)
-    assert_same_bits(out, grad_x)
-    out[...] = 7
-    assert_same_bits(out.base, around)  # nothing beside out was written to

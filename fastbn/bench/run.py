@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,23 @@ def run(options: Options) -> int:
     if options.plot:
         from fastbn.bench.plot import draw
 
-        draw(results, options.plot)
+        with _whole(options.plot) as path:
+            draw(results, str(path))
     if options.markdown:
-        Path(options.markdown).write_text(page.markdown(found, _seen_from_page(options)), encoding="utf-8")
+        with _whole(options.markdown) as path:
+            path.write_text(page.markdown(found, _seen_from_page(options)), encoding="utf-8")
     return 1 if any(result.errors for result in results) else 0
+
+
+@contextlib.contextmanager
+def _whole(path: str) -> Iterator[Path]:
+    """Where to write a file that gets its name when it is complete: of half a one nothing stays."""
+    partial = Path(path).with_name(f".{os.getpid()}.{Path(path).name}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _warn_if_busy(share: float | None) -> None:

@@ -1,0 +1,33 @@
+"""The Cython kernels compiled with AddressSanitizer and UndefinedBehaviorSanitizer (FASTBN_SANITIZE=address,undefined),
+on every instruction set: reads and writes beside arrays and stack buffers, use after free, integer and pointer
+overflow, loads from unaligned addresses. One finding ends the process, so that all tests behind it are lost."""
+
+import subprocess
+
+import fastbn
+from reliability import builds
+
+TESTS = ["contract", "errors", "exactness", "inputs", "kernels", "layer", "memory", "moments", "repeatability", "fuzz"]
+
+
+def run(tally, scale):
+    target = builds.install("sanitize", FASTBN_SANITIZE="address,undefined")
+    words = ["-k", "not numba and not numpy", *(f"tests/test_{name}.py" for name in TESTS)]
+    names = fastbn.show_config(as_dict=True)["instruction_set"]["compiled"]
+    for done, isa in enumerate(names):
+        builds.pytest(tally, f"tests, {isa}", target, words, FASTBN_ISA=isa, **environment())
+        tally.progress((done + 1) / len(names))
+
+
+def environment():
+    """The sanitizers must be loaded before anything else; Python's own allocator would hide errors from them."""
+    libraries = [
+        subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    return {
+        "LD_PRELOAD": " ".join(libraries),
+        "PYTHONMALLOC": "malloc",
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
