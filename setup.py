@@ -124,6 +124,14 @@ def written(path: Path, text: str) -> str:
     return str(path)
 
 
+def bench_passes(compiler: list[str], linker: list[str]) -> Extension:
+    """The bare memory passes that `fastbn bench` measures beside the kernels."""
+    return Extension(
+        "fastbn.bench.passes", ["fastbn/bench/passes.pyx"], include_dirs=[str(KERNELS)],
+        depends=[str(KERNELS / "machine.h")], extra_compile_args=compiler, extra_link_args=linker,
+    )
+
+
 def extensions() -> list[Extension]:
     compiler, linker = flags()
     switches = " ".join(f"{name}={os.environ.get(f'FASTBN_{name}', '')}" for name in ("OPENMP", "SANITIZE", "DEBUG"))
@@ -139,7 +147,7 @@ def extensions() -> list[Extension]:
             extra_link_args=linker,
         )
         for name, isa_flags in instruction_sets().items()
-    ]
+    ] + [bench_passes(compiler, linker)]
 
 
 setup(

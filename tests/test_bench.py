@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn.bench import cases, measure, plot, roofline, tables, targets
+from fastbn.bench import cases, measure, passes, plot, roofline, tables, targets
 from fastbn.bench.cases import Case
 from fastbn.bench.data import Data
 from fastbn.bench.measure import Plan, Result
@@ -92,11 +92,13 @@ def test_each_side_computes_what_is_timed(label):
 
 def test_roofline_passes_touch_all_of_the_arrays():
     side = roofline.Roofline(threads=2)
-    d = Data(Case("forward-out", (100_000, 41)))
+    d = Data(Case("forward-out", (100_000, 48)))
+    words, other, out = (array.reshape(-1).view(np.uint64) for array in (d.x, d.grad_y, d.out))
+    assert passes.read(words.view(np.uint8), 2) == np.bitwise_xor.reduce(words)
     side.prepare("forward-out", d)()
-    np.testing.assert_array_equal(d.out, d.x)
+    np.testing.assert_array_equal(out, words)
     side.prepare("backward-out", d)()
-    np.testing.assert_array_equal(d.out, d.x + d.grad_y)
+    np.testing.assert_array_equal(out, words ^ other)
     assert side.prepare("forward-out", Data(Case("forward-out", (40, 6)))) is None
 
 

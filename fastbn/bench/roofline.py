@@ -1,18 +1,15 @@
-"""The bare memory passes that an operation cannot do without, on the same arrays and threads.
-
-Each pass is cut among the threads of a pool, one contiguous piece each; NumPy releases the interpreter while it loops.
-The read is ``np.max``, the fastest of NumPy's reductions and as fast as a compiled loop that only reads.
-"""
+"""The bare memory passes that an operation cannot do without, on the same arrays and threads: passes.pyx runs them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn.bench import passes
 from fastbn.bench.cases import Case
 from fastbn.bench.data import Data
 
@@ -31,7 +28,7 @@ PASSES: dict[str, tuple[str, ...]] = {
     "moments": ("read x",),
 }
 ARRAYS_MOVED = {"read x": 1, "copy": 2, "read both": 2, "combine": 3}
-FROM_BYTES = 16_000_000  # below, handing the work to the threads costs as much as the passes
+FROM_BYTES = 16_000_000  # below, the caches carry the arrays from one pass to the next
 
 
 def bytes_moved(case: Case) -> int:
@@ -42,35 +39,35 @@ def bytes_moved(case: Case) -> int:
 class Roofline:
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self.pool = ThreadPoolExecutor(threads)
 
     def versions(self) -> dict[str, str]:
-        return {"numpy": np.__version__}
+        return {}
 
     def prepare(self, op: str, d: Data) -> Callable[[], Any] | None:
         """The call that is timed; None for small or strided arrays."""
         if d.layout == "rows" or d.x.nbytes < FROM_BYTES:
             return None
-        passes = [one for name in PASSES[op] for one in self._pass(name, d)]
+        calls = [call for name in PASSES[op] for call in self._pass(name, d)]
 
         def run() -> None:
-            for function, *pieces in passes:
-                list(self.pool.map(function, *pieces))
+            for call in calls:
+                call()
 
         return run
 
     def arrays(self, op: str, result: Any) -> list[NDArray[Any]]:
         return []
 
-    def _pass(self, name: str, d: Data) -> list[tuple[Any, ...]]:
-        """The NumPy functions of a pass, each with the pieces of its arguments."""
+    def _pass(self, name: str, d: Data) -> list[Callable[[], Any]]:
+        """The calls of a pass."""
         if name == "read x":
-            return [(np.max, self._pieces(d.x))]
+            return [partial(passes.read, _bytes(d.x), self.threads)]
         if name == "read both":
-            return [(np.max, self._pieces(d.grad_y)), (np.max, self._pieces(d.x))]
+            return [partial(passes.read, _bytes(array), self.threads) for array in (d.grad_y, d.x)]
         if name == "copy":
-            return [(np.copyto, self._pieces(d.out), self._pieces(d.x))]
-        return [(np.add, self._pieces(d.grad_y), self._pieces(d.x), self._pieces(d.out))]
+            return [partial(passes.copy, _bytes(d.x), _bytes(d.out), self.threads)]
+        return [partial(passes.combine, _bytes(d.grad_y), _bytes(d.x), _bytes(d.out), self.threads)]
 
-    def _pieces(self, array: NDArray[Any]) -> list[NDArray[Any]]:
-        return np.array_split(array.ravel("K"), self.threads)  # ravel("K") of a contiguous array is no copy
+
+def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    return array.ravel("K").view(np.uint8)  # ravel("K") of a contiguous array is no copy
