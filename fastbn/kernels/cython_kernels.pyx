@@ -586,13 +586,20 @@ cdef inline void grad_sums_strip(
     double* s1,                # INOUT
     double* s2,                # INOUT
 ) noexcept nogil:
+    cdef floating gated[ROWS * STRIP]
     cdef Py_ssize_t r, j
     cdef double g, a, b
+    if relu:  # in a loop of its own, which vectorises: among the sums, float64 took three times as long
+        for r in range(n_rows):
+            for j in range(n_columns):
+                gated[r * STRIP + j] = gate(dy[r * dy_stride + j], x[r * x_stride + j], coefs + j, True)
+        dy = gated
+        dy_stride = STRIP
     for j in range(n_columns):
         a = 0
         b = 0
         for r in range(n_rows):
-            g = gate(dy[r * dy_stride + j], x[r * x_stride + j], coefs + j, relu)
+            g = dy[r * dy_stride + j]
             a += g
             b += g * (x[r * x_stride + j] - mean[j])
         s1[j] += a
@@ -662,7 +669,9 @@ cdef void grad_sums_run(
 ) noexcept nogil:
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     cdef Py_ssize_t n_rows = length // width, done = n_rows * width
-    if width == LANES and not relu:
+    if width == LANES and relu:
+        grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, mean, coefs, True, s1, s2)
+    elif width == LANES:
         grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, mean, coefs, False, s1, s2)
     else:
         grad_sums_rows(dy, width, x, width, n_rows, width, mean, coefs, relu, s1, s2)
