@@ -17,8 +17,8 @@ lint:  ## ruff, cython-lint, mypy
 demo:  ## train on real digits, draw the curves
 	$(PYTHON) -m fastbn demo
 
-bench-table:  ## measure everything, write docs/benchmarks.md and its picture; needs a quiet machine
-	$(PYTHON) -m fastbn bench --markdown docs/benchmarks.md --plot docs/benchmarks.png
+bench-table:  ## measure everything, write docs/benchmarks.md, its picture, the README's figures; needs a quiet machine
+	$(PYTHON) -m fastbn bench --markdown docs/benchmarks.md --plot docs/benchmarks.png --headline README.md
 
 bench-quick:  ## the same in short, on small arrays, on the terminal
 	$(PYTHON) -m fastbn bench --quick

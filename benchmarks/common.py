@@ -54,7 +54,7 @@ class Timed:
     params = (BACKENDS, ARRAYS)
     param_names = ("backend", "array")
     timeout = 300  # seconds; Numba may have to compile first
-    repeat = (3, 10, 3.0)
+    repeat = (3, 10, 0.5)  # samples at least, at most, seconds
 
     def setup(self, backend, array):
         need_backend(backend)

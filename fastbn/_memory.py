@@ -109,7 +109,7 @@ def _take(size: int) -> NDArray[np.uint8] | None:
 def release_memory() -> None:
     """Free the memory that fastbn keeps for reuse.
 
-    Outputs of 8 MiB and more are reused once no array refers to them, because fresh memory costs more than the kernel
+    Outputs of 1 MiB and more are reused once no array refers to them, because fresh memory costs more than the kernel
     that fills it. At most `set_memory_limit` bytes are kept, by default the lesser of 1 GiB and an eighth of the
     machine's memory.
     """

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn.bench import cases, measure, passes, plot, roofline, tables, targets
+from fastbn.bench import cases, headline, measure, passes, plot, roofline, tables, targets
 from fastbn.bench.cases import Case
 from fastbn.bench.data import Data
 from fastbn.bench.measure import Plan, Result
@@ -173,6 +173,7 @@ def test_tables_are_the_default(capfd):
         (["--plot", "picture.nosuch"], "--plot: expected a file name such as roofline.png, got 'picture.nosuch'"),
         (["--plot", "no/such/folder/a.png"], "--plot: cannot write 'no/such/folder/a.png'"),
         (["--markdown", "no/such/folder/a.md"], "--markdown: cannot write 'no/such/folder/a.md'"),
+        (["--headline", "LICENSE"], "--headline: 'LICENSE' must have the line '<!-- headline"),
         (["--quick", "--ops", "layouts", "--shapes", ""], "--shapes: expected sizes"),
     ],
 )
@@ -322,3 +323,19 @@ def test_the_picture_holds_all_kinds_of_arrays(tmp_path):
     ]
     plot.draw(results, str(tmp_path / "a.png"))
     assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_the_headline_replaces_what_is_between_the_marks():
+    page = f"before\n{headline.BEGIN}\nold\n{headline.END}\nafter\n"
+    results = [result_of("forward", "65536x256", cython=2, numba=3, torch=9), result_of("relu", "8x16", cython=1)]
+    assert headline.put(page, results, "Measured.").splitlines() == [
+        "before",
+        headline.BEGIN,
+        "| operation | array, float32 | fastbn ms | peer ms | peer | times faster |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| training forward | 65536x256 | 2.00 | 9.00 | torch | 4.5 |",
+        "",
+        "Measured.",
+        headline.END,
+        "after",
+    ]

@@ -2,12 +2,15 @@
 
 import doctest
 import inspect
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fastbn
+from fastbn.bench.headline import BEGIN, END
 
+ROOT = Path(__file__).parent.parent
 PUBLIC = {name: getattr(fastbn, name) for name in fastbn.__all__}
 WITH_EXAMPLES = {"BatchNorm", "Moments", "batch_norm", "moments", "thread_limit"}
 
@@ -52,3 +55,14 @@ def test_the_functions_share_names_and_defaults(name):
         if key not in ("x", "mean", "var", "gamma", "beta", "grad_y", "saved"):
             assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
     assert {"num_threads", "backend"} <= set(parameters)
+
+
+def test_the_speeds_in_the_readme_are_those_of_the_benchmarks_page():
+    headline = (ROOT / "README.md").read_text().partition(BEGIN)[2].partition(END)[0]
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    rows = [row.strip("| ").split(" | ") for row in headline.splitlines() if row.startswith("| ")][2:]
+    assert rows
+    for _, array, ours, peers, _, _ in rows:
+        assert any({ours, peers} <= set(line.split(" | ")) for line in page.splitlines()
+                   if line.startswith(f"| {array} | "))
+    assert headline.rstrip().splitlines()[-1].split("; from ")[1].rstrip(".") in page

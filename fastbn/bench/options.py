@@ -13,6 +13,7 @@ from typing import TypeVar
 import fastbn
 from fastbn._dispatch import BACKENDS, why_unavailable
 from fastbn.bench.cases import OPS, Case, grid, parse
+from fastbn.bench.headline import BEGIN, END
 from fastbn.bench.measure import REFERENCE_BYTES, Plan, installed_peers
 from fastbn.bench.worker import PEERS
 
@@ -33,6 +34,7 @@ class Options:
     json: bool
     plot: str | None
     markdown: str | None
+    headline: str | None
 
 
 def checked(given: argparse.Namespace) -> Options:
@@ -55,7 +57,9 @@ def checked(given: argparse.Namespace) -> Options:
         raise BadOption(f"--quick: none of the arrays of {given.ops} is small; give --shapes")
     _option("--plot", given.plot, _picture)
     _option("--markdown", given.markdown, _writable)
-    return Options(cases, plan, missing if peers is None else (), given.json, given.plot, given.markdown)
+    _option("--headline", given.headline, _marked)
+    missing = missing if peers is None else ()
+    return Options(cases, plan, missing, given.json, given.plot, given.markdown, given.headline)
 
 
 def _option(name: str, text: str | None, convert: Callable[[str], T]) -> T | None:
@@ -106,6 +110,14 @@ def _writable(text: str) -> str:
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"cannot write {text!r}")
+    return text
+
+
+def _marked(text: str) -> str:
+    _writable(text)
+    page = Path(text).read_text(encoding="utf-8") if Path(text).exists() else ""
+    if not 0 <= page.find(BEGIN) < page.find(END):
+        raise ValueError(f"{text!r} must have the line {BEGIN!r} and behind it {END!r}")
     return text
 
 

@@ -18,11 +18,11 @@ there are up to 9 in a round. A figure is the median of all of them, in millisec
 above 1, fastbn is faster. `fastbn` stands for its first backend of the table. Sizes and GB are decimal.
 
 The roofline is what the operation must move at the least, as bare passes over the same arrays in the same process as
-fastbn: a read is `np.max`, the copy `np.copyto`, the two-input pass `np.add(a, b, out=c)`, each cut among the threads
-(NumPy releases the interpreter in them). The copy is the C library's `memcpy`, whose stores bypass the cache where
-glibc finds a piece too large for it. Training forward: read x, copy x to out. Backward: read both inputs, then the
-two-input pass. Inference: the copy. Moments: the read. GB/s counts the bytes of these passes for every side alike.
-Below 16 MB there is no roofline: sharing a pass among threads would take as long as the pass.
+fastbn, on the same threads (`fastbn/bench/passes.pyx`: loads fetched ahead, and from 16 MiB on stores past the caches).
+Training forward: read x, copy x to out. Backward: read both inputs, then a two-input one-output pass. Inference: the
+copy. Moments: the read. GB/s counts the bytes of these passes for every side alike. fastbn can be faster than the
+roofline where its second pass finds in the cache what its first one left there, which the bare passes do not try.
+Below 250 KB there is none: waking the threads would take as long as the passes.
 
 As users call it means without `out=`; where a peer has no `out=`, its column has no figure. PyTorch:
 `torch.native_batch_norm` and its backward, which its layers call, and `nn.BatchNorm*d` with `autograd.grad`. JAX:
@@ -78,6 +78,13 @@ def markdown(run: Run, picture: str | None = None) -> str:
         *(as_markdown(table) for table in tables(run.results)),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def source(run: Run) -> str:
+    """Where the figures come from, in a sentence."""
+    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+    return (f"Medians, {run.plan.threads} threads, {run.machine['processor']}, {versions}, {run.date}; "
+            f"from `{run.command}`.")
 
 
 def as_json(run: Run) -> str:

@@ -5,9 +5,11 @@ The arrays are taken as 64-byte lines (what is over is left alone), in runs of P
 """
 from cython.parallel cimport prange
 from libc.stdint cimport uint64_t
+from libc.string cimport memcpy
 
 cdef extern from "machine.h" nogil:
     void prefetch(const void* address)
+    void prefetch_write(const void* address)
     void stream_copy(void* target, const void* source, size_t bytes)
     void stream_end()
 
@@ -15,6 +17,7 @@ cdef enum:
     PIECE = 1024          # lines
     GROUP = 32            # lines that go out together: 2 KiB
     AHEAD = 64            # lines
+    STREAM_LINES = 1 << 18  # outputs of so many lines (16 MiB) bypass the caches, as the kernels' do
 
 cdef struct Line:
     uint64_t[8] words
@@ -35,16 +38,26 @@ cdef uint64_t read_lines(const Line* x, Py_ssize_t n) noexcept nogil:
     return total
 
 
-cdef void copy_lines(const Line* x, Line* out, Py_ssize_t n) noexcept nogil:
+cdef void put_lines(const Line* x, Line* out, Py_ssize_t n, bint stream) noexcept nogil:
+    cdef Py_ssize_t i
+    if stream:
+        stream_copy(out, x, n * sizeof(Line))
+    else:
+        for i in range(n):
+            prefetch_write(out + i + AHEAD)
+        memcpy(out, x, n * sizeof(Line))
+
+
+cdef void copy_lines(const Line* x, Line* out, Py_ssize_t n, bint stream) noexcept nogil:
     cdef Py_ssize_t i, j
     for i in range((n + GROUP - 1) // GROUP):
         for j in range(GROUP):
             prefetch(x + i * GROUP + j + AHEAD)
-        stream_copy(out + i * GROUP, x + i * GROUP, min(GROUP, n - i * GROUP) * sizeof(Line))
+        put_lines(x + i * GROUP, out + i * GROUP, min(GROUP, n - i * GROUP), stream)
     stream_end()
 
 
-cdef void combine_lines(const Line* a, const Line* b, Line* out, Py_ssize_t n) noexcept nogil:
+cdef void combine_lines(const Line* a, const Line* b, Line* out, Py_ssize_t n, bint stream) noexcept nogil:
     cdef Line[GROUP] buffer
     cdef Py_ssize_t i, j, k, at
     for i in range((n + GROUP - 1) // GROUP):
@@ -54,7 +67,7 @@ cdef void combine_lines(const Line* a, const Line* b, Line* out, Py_ssize_t n) n
             prefetch(b + at + AHEAD)
             for k in range(8):
                 buffer[j].words[k] = a[at].words[k] ^ b[at].words[k]
-        stream_copy(out + i * GROUP, buffer, min(GROUP, n - i * GROUP) * sizeof(Line))
+        put_lines(buffer, out + i * GROUP, min(GROUP, n - i * GROUP), stream)
     stream_end()
 
 
@@ -74,7 +87,7 @@ def copy(const unsigned char[::1] x, unsigned char[::1] out, int threads):
     cdef const Line* source = <const Line*>&x[0]
     cdef Line* target = <Line*>&out[0]
     for piece in prange((n + PIECE - 1) // PIECE, nogil=True, num_threads=threads, schedule="static"):
-        copy_lines(source + piece * PIECE, target + piece * PIECE, min(PIECE, n - piece * PIECE))
+        copy_lines(source + piece * PIECE, target + piece * PIECE, min(PIECE, n - piece * PIECE), n >= STREAM_LINES)
 
 
 def combine(const unsigned char[::1] a, const unsigned char[::1] b, unsigned char[::1] out, int threads):
@@ -85,4 +98,4 @@ def combine(const unsigned char[::1] a, const unsigned char[::1] b, unsigned cha
     cdef Line* target = <Line*>&out[0]
     for piece in prange((n + PIECE - 1) // PIECE, nogil=True, num_threads=threads, schedule="static"):
         combine_lines(left + piece * PIECE, right + piece * PIECE, target + piece * PIECE,
-                      min(PIECE, n - piece * PIECE))
+                      min(PIECE, n - piece * PIECE), n >= STREAM_LINES)

@@ -28,7 +28,7 @@ PASSES: dict[str, tuple[str, ...]] = {
     "moments": ("read x",),
 }
 ARRAYS_MOVED = {"read x": 1, "copy": 2, "read both": 2, "combine": 3}
-FROM_BYTES = 16_000_000  # below, the caches carry the arrays from one pass to the next
+FROM_BYTES = 250_000  # below, waking the threads takes as long as the passes
 
 
 def bytes_moved(case: Case) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastbn.bench import machine, page
+from fastbn.bench import headline, machine, page
 from fastbn.bench.cases import Case
 from fastbn.bench.measure import Result, measure
 from fastbn.bench.options import Options
@@ -47,6 +47,10 @@ def run(options: Options) -> int:
     if options.markdown:
         with _whole(options.markdown) as path:
             path.write_text(page.markdown(found, _seen_from_page(options)), encoding="utf-8")
+    if options.headline:
+        with _whole(options.headline) as path:
+            text = Path(options.headline).read_text(encoding="utf-8")
+            path.write_text(headline.put(text, results, page.source(found)), encoding="utf-8")
     return 1 if any(result.errors for result in results) else 0
 
 

@@ -118,7 +118,10 @@ def as_text(table: Table) -> str:
 
 def as_markdown(table: Table) -> str:
     """The same as a Markdown table under a heading."""
-    lines = [f"## {table.title[:1].upper()}{table.title[1:]}", ""]
-    for row in (table.header, ["---"] * len(table.header), *table.rows):
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
-    return "\n".join([*lines, *(f"\n{note}" for note in table.notes)])
+    title = f"## {table.title[:1].upper()}{table.title[1:]}"
+    return "\n".join([title, "", *rows_as_markdown(table), *(f"\n{note}" for note in table.notes)])
+
+
+def rows_as_markdown(table: Table) -> list[str]:
+    rows = (table.header, ["---"] * len(table.header), *table.rows)
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]

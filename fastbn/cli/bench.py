@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", metavar="FILE.png", help="draw GB/s against bytes, one panel an operation")
     parser.add_argument("--markdown", metavar="FILE.md", help="write the tables as a page")
+    parser.add_argument(
+        "--headline", metavar="FILE.md", help="put the main figures into a page, such as README.md, between its two marks"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
