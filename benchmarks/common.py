@@ -54,6 +54,7 @@ class Timed:
     params = (BACKENDS, ARRAYS)
     param_names = ("backend", "array")
     timeout = 300  # seconds; Numba may have to compile first
+    rounds = 1  # a process for each backend and array: starting it takes longer than timing
     repeat = (3, 10, 0.5)  # samples at least, at most, seconds
 
     def setup(self, backend, array):
