@@ -127,7 +127,7 @@ def warmup(backend: str | None = None) -> None:
     if hasattr(chosen, "warmup"):
         chosen.warmup()
     x = np.ones((4096, 64, 1), np.float32)  # large enough to be shared among threads
-    chosen.moments(x, np.empty(64), np.empty(64), thread_count())
+    chosen.moments(x, *np.empty((3, 64)), thread_count())
 
 
 # -------------------------------------------------------------------------------------------------------- threads

@@ -85,14 +85,13 @@ class Moments:
         count = self.count + other.count
         with np.errstate(all="ignore"):  # data that is not finite gives moments that are not, without warnings
             delta = (other.mean - self.mean) + (other._rest - self._rest)
-            step = delta * (other.count / count)
             m2 = self.m2 + other.m2 + delta * delta * (self.count * (other.count / count))
             # The mean in two floats (Knuth's sum without loss): its rounding, times delta, would add up in m2.
-            mean = self.mean + step
+            shift = self._rest + delta * (other.count / count)
+            mean = self.mean + shift
             added = mean - self.mean
-            lost = (self.mean - (mean - added)) + (step - added)
             merged = Moments(count, mean, m2)
-            merged._rest = self._rest + lost
+            merged._rest = (self.mean - (mean - added)) + (shift - added)
         return merged
 
     def __add__(self, other: Moments) -> Moments:
@@ -153,5 +152,5 @@ def moments(
     result = Moments.empty(layout.channels)
     result.count = layout.n_values
     if array.size:
-        kernels.moments(_layout.canonical(array, layout), result.mean, result.m2, threads)
+        kernels.moments(_layout.canonical(array, layout), result.mean, result._rest, result.m2, threads)
     return result

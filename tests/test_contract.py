@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from oracle import Exact
 from tolerances import assert_close, assert_same_bits
 
 from fastbn import _dispatch
+from fastbn.accuracy.oracle import exact_sum
 from fastbn.kernels import reference
 
 MODULES = ["reference", "numba_kernels", *(f"_cython_{name}" for name in _dispatch.INSTRUCTION_SETS)]
@@ -76,10 +78,20 @@ def test_the_contract_in_words_names_every_argument():
 def test_moments(kernels, data, dtype):
     x = data[0]
     exact = Exact(x)
-    mean, m2 = nans(x.shape[1]), nans(x.shape[1])
-    kernels.moments(x, mean, m2, 2)
+    mean, rest, m2 = nans((3, x.shape[1]))
+    kernels.moments(x, mean, rest, m2, 2)
     assert_close(mean, exact.mean, "mean", dtype, np.maximum(np.abs(exact.mean), exact.std))
     assert_close(m2, exact.var * exact.x.shape[2], "var", dtype)
+
+
+def test_the_mean_comes_in_two_floats(kernels, data, dtype):
+    x = data[0] + dtype.type(1e6)  # where one float64 is off by 1e-10
+    mean, rest, m2 = nans((3, x.shape[1]))
+    kernels.moments(x, mean, rest, m2, 2)
+    np.testing.assert_array_equal(mean + rest, mean)
+    for c in range(x.shape[1]):
+        exact = exact_sum(x[:, c].ravel()) / (x.shape[0] * x.shape[2])
+        assert abs(Fraction(mean[c]) + Fraction(rest[c]) - exact) < 1e-14
 
 
 @pytest.mark.parametrize("relu", [False, True])

@@ -81,7 +81,7 @@ def test_the_halves_by_hand(kernel):
 
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shape", [(5, 3), (3, 2, 4)])
+@pytest.mark.parametrize("shape", [(5, 3), (3, 2, 4), (2, 3)])
 def test_gradients_by_finite_differences(rng, backend, shape, training, activation):
     x, weights = rng.normal(2, 3, shape), rng.standard_normal(shape)
     gamma, beta = rng.uniform(0.5, 2, shape[1]), rng.uniform(-1, 1, shape[1])

@@ -17,13 +17,16 @@ its first rows, k of its n values, itself computed as first value + mean of the 
 
     s1 = sum(x - pivot)      s2 = sum((x - pivot)^2)      mean = pivot + s1 / n      m2 = s2 - s1^2 / n
 
-and blocks merge pairwise in a fixed order (Chan, Golub and LeVeque 1979):
+and blocks merge in a fixed order (Chan, Golub and LeVeque 1979):
 
-    delta = mean_b - mean_a      m2 = m2_a + m2_b + delta^2 n_a n_b / (n_a + n_b)
+    delta = mean_b - mean_a      mean = mean_a + delta n_b / (n_a + n_b)
+    m2 = m2_a + m2_b + delta^2 n_a n_b / (n_a + n_b)
 
-**The mean in two floats.** `x * scale + shift` loses all digits where the mean is large against the standard
-deviation, and so does `x - mean` in float32. The mean is kept in float64 and split into what the data's dtype holds,
-the center, and the rest, which goes into the offset:
+Each mean is two float64, what rounding leaves of it and what it takes (Knuth's sum without loss), in `Moments` too.
+
+**Center first.** `x * scale + shift` loses all digits where the mean is large against the standard deviation, and so
+does `x - mean` in float32. The mean is split into what the data's dtype holds, the center, and the rest, which goes
+into the offset:
 
     center = float32(mean)      scale = gamma * invstd      offset = beta - (mean - center) * scale
     y = (x - center) * scale + offset
@@ -37,6 +40,10 @@ the center, and the rest, which goes into the offset:
 
 `shift + rest` is one number in two floats: a mean of dy that is large against its deviations cancels without loss.
 The factor stays outside, so that nothing under- or overflows on the way.
+
+Of two rows, where x_hat is h and -h, the terms leave 1 - h^2 = eps / (var + eps) of themselves. So it is written down:
+
+    grad_x = scale * eps * invstd^2 * (dy - the other dy) / 2
 
 ## The bound
 
@@ -58,12 +65,11 @@ finite. A NaN or an infinity in one column leaves the bits of all others as they
 - *y in float32.* x - center is rounded once (and is exact near the center), scale once, the product once, the sum
   once; the offset holds what the center lacks. Four roundings of half a ulp are 2 ulp of the terms; the bound is 4 of
   the result.
-- *Merging float64.* Where blocks or pieces merge, delta is a difference of two means, each rounded to float64: its
-  error, 1e-16 of |mean|, times delta, is an error of m2. With float32 data that is far below the bound. In float64 it
-  is not below 1e-13 once |mean| / std is some 1e5 and many short blocks merge: what the tables show there is this.
-  `Moments` carries a second float for the mean through its merges, so that their number and order do not matter.
-- *Two rows.* Of two rows a gradient of eps / (var + eps) is left after its terms have cancelled: next to nothing.
-  Computed in float32 it is exact to the rounding of the terms, not to that of the little that is left.
+- *Merging.* Where blocks or pieces merge, delta is a difference of two means. Were each rounded to one float64, its
+  error, 1e-16 of |mean|, times delta, would be an error of m2: 1e-13 of it and more once |mean| / std is some 1e5 and
+  many short blocks merge. In two floats the error is 1e-16 of delta, and the number and order of merges do not matter.
+- *y in float64.* The center is the mean's first float64, and the second goes into the offset.
+- *Two rows.* Nothing cancels but dy - the other dy, and that is rounded once.
 
 **Limits.** In float64, var and the sums behind it must stay in range: where the deviations of a column or their sum
 exceed about 1e154, their squares overflow, var is not finite, and y and the gradients are NaN (or, where var is plus

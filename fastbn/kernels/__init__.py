@@ -11,10 +11,10 @@ none. Small arrays travel between the halves of an operation:
 
 Four kernels::
 
-    moments(x, mean, m2, num_threads)                            mean = sum(x) / n;  m2 = sum((x - mean)^2)
-    affine(x, coefs, relu, out, num_threads)                     out = (x - center) * scale + offset, then the ReLU
+    moments(x, mean, rest, m2, num_threads)                  mean + rest = sum(x) / n;  m2 = sum((x - mean - rest)^2)
+    affine(x, coefs, relu, out, num_threads)                 out = (x - center) * scale + offset, then the ReLU
     grad_moments(grad_y, x, mean, coefs, relu,
-                 sum_dy, sum_dy_xmu, num_threads)                sum(dy), sum(dy * (x - mean))
+                 sum_dy, sum_dy_xmu, num_threads)            sum(dy), sum(dy * (x - mean))
     grad_affine(grad_y, x, coefs, linear, relu,
                 out, num_threads)                            out = factor * (dy - shift - rest - (x - center) * slope)
 
@@ -24,8 +24,9 @@ and three drivers, which run a pair of them around the arithmetic per channel in
     batch_norm_inference(x, mean, var, gamma, beta, eps, relu, out, stats, coefs, num_threads)
     batch_norm_backward(grad_y, x, stats, coefs, relu, training, out, grads, num_threads)
 
-Rounding: sums are float64, about a pivot near the mean. The mean is split into what the data's dtype holds (center) and
-the rest, which goes into the offset, so nothing cancels however large the mean. Where a fused ReLU was off, dy counts
+Rounding: sums are float64, about a pivot near the mean. The mean comes in two floats, mean and what it lacks, so that
+merges lose nothing. It is split into what the data's dtype holds (center) and the rest, which goes into the offset, so
+nothing cancels however large the mean. Where a fused ReLU was off, dy counts
 as 0; whether it was off is computed again from ``x`` by ``affine``'s formula.
 
 Threads: ``num_threads`` is an upper limit. The data is cut by its shape alone and partial results merge in a fixed

@@ -31,17 +31,17 @@ cdef inline bint streams(const Plan* plan, Py_ssize_t itemsize, bint in_place) n
 
 
 cdef int launch_moments(
-    const floating* x, Py_ssize_t stride, Plan plan, double* mean, double* m2, int num_threads,
+    const floating* x, Py_ssize_t stride, Plan plan, double* mean, double* rest, double* m2, int num_threads,
 ) except -1:
-    cdef double* memory = scratch(&plan, 2)
-    cdef double* partial_m2 = memory + plan.n_chunks * plan.channels
+    cdef double* partial = scratch(&plan, 3)
     cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
     with nogil, parallel(num_threads=team):
-        moments_worker(x, stride, &plan, memory, partial_m2)
+        moments_worker(x, stride, &plan, partial)
     team_give(team)
-    memcpy(mean, memory, plan.channels * sizeof(double))
-    memcpy(m2, partial_m2, plan.channels * sizeof(double))
-    free(memory)
+    memcpy(mean, partial, plan.channels * sizeof(double))
+    memcpy(rest, partial + plan.channels, plan.channels * sizeof(double))
+    memcpy(m2, partial + 2 * plan.channels, plan.channels * sizeof(double))
+    free(partial)
     return 0
 
 
@@ -61,14 +61,13 @@ cdef int launch_batch_norm(
     const floating* x, Py_ssize_t stride, Plan plan, const floating* gamma, const floating* beta, double eps,
     bint relu, double* stats, floating* coefs, floating* y, Py_ssize_t y_stride, int num_threads,
 ) except -1:
-    cdef double* mean = scratch(&plan, 2)
-    cdef double* m2 = mean + plan.n_chunks * plan.channels
+    cdef double* partial = scratch(&plan, 3)
     cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
     cdef bint stream = streams(&plan, sizeof(floating), x == y)
     with nogil, parallel(num_threads=team):
-        batch_norm_worker(x, stride, &plan, gamma, beta, eps, relu, stream, mean, m2, stats, coefs, y, y_stride)
+        batch_norm_worker(x, stride, &plan, gamma, beta, eps, relu, stream, partial, stats, coefs, y, y_stride)
     team_give(team)
-    free(mean)
+    free(partial)
     return 0
 
 
@@ -163,15 +162,16 @@ cdef inline bint is_float(cnp.ndarray x) noexcept:
 def moments(
     cnp.ndarray x not None,      # IN   (outer, channels, inner)
     cnp.ndarray mean not None,   # OUT  (channels,) float64
+    cnp.ndarray rest not None,   # OUT  (channels,) float64
     cnp.ndarray m2 not None,     # OUT  (channels,) float64
     int num_threads,
 ):
     if is_float(x):
-        launch_moments[float](<float*>data_of(x), stride_of(x), plan_of(x),
-                              <double*>data_of(mean), <double*>data_of(m2), num_threads)
+        launch_moments[float](<float*>data_of(x), stride_of(x), plan_of(x), <double*>data_of(mean),
+                              <double*>data_of(rest), <double*>data_of(m2), num_threads)
     else:
-        launch_moments[double](<double*>data_of(x), stride_of(x), plan_of(x),
-                               <double*>data_of(mean), <double*>data_of(m2), num_threads)
+        launch_moments[double](<double*>data_of(x), stride_of(x), plan_of(x), <double*>data_of(mean),
+                               <double*>data_of(rest), <double*>data_of(m2), num_threads)
 
 
 def affine(
@@ -467,7 +467,7 @@ def whole_batch_norm_backward(
             and (out is None or is_apart(out, x))):
         return None
     plan = plain_plan(x, axis)
-    if not plan.channels:
+    if not plan.channels or training and plan.outer * plan.inner == 2:  # functional.py has a formula for two values
         return None
     typenum = cnp.PyArray_TYPE(<cnp.ndarray>x)
     grad_x = new_like(x, pooled, empty) if out is None else out

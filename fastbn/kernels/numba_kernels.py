@@ -328,11 +328,13 @@ def gather(x, stride, n_rows, width, buffer):
 # ---------------------------------------------------------------------------------------------------------------------
 # moments: sums about a pivot near the mean, in one read of the data.
 #
-#     s1 = sum(x - pivot)    s2 = sum((x - pivot)^2)    mean = pivot + s1 / n    m2 = s2 - s1^2 / n
+#     s1 = sum(x - pivot)    s2 = sum((x - pivot)^2)    mean + rest = pivot + s1 / n    m2 = s2 - s1^2 / n
 #
 # The pivot is the mean of the block's first rows, k of its n values, so (mean - pivot)^2 <= m2 / k, and the subtraction
 # costs at most a factor 1 + n / k <= 33 of float64's 1e-16, whatever the data. It is computed as first + mean(x -
 # first), so a constant column has deviations of exactly 0.
+#
+# The mean is kept in two floats: in one, 1e-16 of a large mean, times delta, would add up in m2 as blocks merge.
 # ---------------------------------------------------------------------------------------------------------------------
 
 @inline
@@ -415,7 +417,14 @@ def sums_block(x, stride, n_rows, length, channels, plan, buffer, pivot, s1, s2)
 
 
 @helper
-def merge_moments(n_a, mean, m2, n_b, mean_b, m2_b, channels):
+def lost(a, b, total):
+    """What total, the rounded a + b, lacks of the sum (Knuth): total + lost is a + b without loss."""
+    added = total - a
+    return (a - (total - added)) + (b - added)
+
+
+@helper
+def merge_moments(n_a, mean, rest, m2, n_b, mean_b, rest_b, m2_b, channels):
     """Chan, Golub and LeVeque (1979): delta = mean_b - mean, m2 += m2_b + delta^2 n_a n_b / (n_a + n_b)."""
     restrict()
     weight = n_b / (n_a + n_b)
@@ -423,27 +432,32 @@ def merge_moments(n_a, mean, m2, n_b, mean_b, m2_b, channels):
     if n_a == 0:  # delta^2 could overflow
         for c in range(channels):
             mean[c] = mean_b[c]
+            rest[c] = rest_b[c]
             m2[c] = m2_b[c]
         return
     for c in range(channels):
-        delta = mean_b[c] - mean[c]
-        mean[c] += delta * weight
+        delta = (mean_b[c] - mean[c]) + (rest_b[c] - rest[c])
         m2[c] += m2_b[c] + delta * delta * cross
+        shift = rest[c] + delta * weight
+        total = mean[c] + shift
+        rest[c] = lost(mean[c], shift, total)
+        mean[c] = total
 
 
 @inline
 def moments_task(
     x, stride, plan, chunk, tile,
-    mean,       # OUT  (channels,) of this chunk
-    m2,         # OUT
+    partial,    # OUT  (3, channels) of this chunk: mean, rest, m2
 ):
     buffer = local(BUFFER, x)
     pivot = local(TILE, 0.0)
     s1 = local(TILE, 0.0)
     s2 = local(TILE, 0.0)
     mean_b = local(TILE, 0.0)
+    rest_b = local(TILE, 0.0)
     c0 = tile * plan.tile
     channels = min(plan.tile, plan.channels - c0)
+    mean, rest, m2 = at(partial, c0), at(partial, plan.channels + c0), at(partial, 2 * plan.channels + c0)
     count = 0.0
     for index in range(chunk * plan.chunk, min((chunk + 1) * plan.chunk, plan.n_blocks)):
         block = block_at(plan, index)
@@ -458,11 +472,14 @@ def moments_task(
             sums_block(first, stride, n_rows, length, channels, plan, buffer, pivot, s1, s2)
             weight = 1 / float(n_rows * length)  # multiplied by: divisions took a fifth of a block
             for c in range(channels):
-                mean_b[c] += s1[c] * weight
+                shift = s1[c] * weight
+                total = mean_b[c] + shift
+                rest_b[c] = lost(mean_b[c], shift, total)
+                mean_b[c] = total
         n = float(block.n_rows * block.length)
         for c in range(channels):
             s2[c] -= s1[c] * (s1[c] * weight)
-        merge_moments(count, at(mean, c0), at(m2, c0), n, mean_b, s2, channels)
+        merge_moments(count, mean, rest, m2, n, mean_b, rest_b, s2, channels)
         count += n
 
 
@@ -477,13 +494,15 @@ def chunk_count(plan, chunk):
 
 
 @helper
-def merge_chunks(plan, mean, m2, c0, c1):
+def merge_chunks(plan, partial, c0, c1):
     """Chunks 1, 2, ... into chunk 0, in that order, for channels c0 to c1."""
+    row = plan.channels
+    a = at(partial, c0)
     for chunk in range(1, plan.n_chunks):
         before = chunk_count(plan, chunk)
         after = chunk_count(plan, chunk + 1)
-        first = chunk * plan.channels + c0
-        merge_moments(before, at(mean, c0), at(m2, c0), after - before, at(mean, first), at(m2, first), c1 - c0)
+        b = at(a, 3 * chunk * row)
+        merge_moments(before, a, at(a, row), at(a, 2 * row), after - before, b, at(b, row), at(b, 2 * row), c1 - c0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -492,6 +511,7 @@ def merge_chunks(plan, mean, m2, c0, c1):
 
 def normalize_channels(
     mean,       # IN   (channels,) float64
+    rest,       # IN   (channels,) float64: what mean lacks, or empty: nothing
     m2,         # IN   (channels,) float64
     n,
     gamma,      # IN   (channels,), or empty: ones
@@ -502,8 +522,9 @@ def normalize_channels(
 ):
     """The mean in two floats: what the data's dtype holds is the center, the rest goes into the offset."""
     restrict()
-    channels, has_gamma, has_beta = mean.size, gamma.size > 0, beta.size > 0
-    mean, m2, gamma, beta, stats, center = data(mean), data(m2), data(gamma), data(beta), data(stats), data(coefs)
+    channels, has_rest, has_gamma, has_beta = mean.size, rest.size > 0, gamma.size > 0, beta.size > 0
+    mean, rest, m2, gamma, beta = data(mean), data(rest), data(m2), data(gamma), data(beta)
+    stats, center = data(stats), data(coefs)
     var, invstd = at(stats, channels), at(stats, 2 * channels)
     scale, offset = at(center, channels), at(center, 2 * channels)
     for c in range(channels):
@@ -515,6 +536,9 @@ def normalize_channels(
         factor = invstd[c] * gamma[c] if has_gamma else invstd[c]
         scale[c] = factor
         offset[c] = -(mean[c] - center[c]) * factor
+    if has_rest:
+        for c in range(channels):
+            offset[c] -= rest[c] * scale[c]
     if has_beta:
         for c in range(channels):
             offset[c] += beta[c]
@@ -883,21 +907,22 @@ def share(n, worker, n_workers):
 
 
 def moments_worker(worker, n_workers, job):
-    x, stride, outer, channels, inner, mean, m2 = job[0]
+    x, stride, outer, channels, inner, partial = job[0]
     plan = make_plan(outer, channels, inner)
     n_tasks = plan.n_chunks * plan.n_tiles
     for task in range(share(n_tasks, worker, n_workers), share(n_tasks, worker + 1, n_workers)):
         chunk = task // plan.n_tiles
-        moments_task(x, stride, plan, chunk, task % plan.n_tiles, at(mean, chunk * channels), at(m2, chunk * channels))
+        moments_task(x, stride, plan, chunk, task % plan.n_tiles, at(partial, 3 * chunk * channels))
 
 
 def merge_worker(worker, n_workers, job):
-    outer, channels, inner, chunks_mean, chunks_m2, mean, m2 = job[0]
+    outer, channels, inner, partial, mean, rest, m2 = job[0]
     c0, c1 = share(channels, worker, n_workers), share(channels, worker + 1, n_workers)
-    merge_chunks(make_plan(outer, channels, inner), chunks_mean, chunks_m2, c0, c1)
+    merge_chunks(make_plan(outer, channels, inner), partial, c0, c1)
     for c in range(c0, c1):
-        mean[c] = chunks_mean[c]
-        m2[c] = chunks_m2[c]
+        mean[c] = partial[c]
+        rest[c] = partial[channels + c]
+        m2[c] = partial[2 * channels + c]
 
 
 def affine_worker(worker, n_workers, job):
@@ -941,7 +966,7 @@ def grad_affine_worker(worker, n_workers, job):
 
 # What a job is, i: integer, x: pointer to the data's type, d: pointer to float64.
 JOBS = {
-    moments_worker: "xiiiidd",
+    moments_worker: "xiiiid",
     merge_worker: "iiidddd",
     affine_worker: "xiiiixiixi",
     grad_moments_worker: "xixiiiidxidd",
@@ -997,16 +1022,15 @@ def merge_team(plan, n_workers):
     return n_workers if plan.n_chunks * plan.channels >= SERIAL_MERGES else 1
 
 
-def run_moments(work, merge, x, mean, m2, num_threads):
+def run_moments(work, merge, x, mean, rest, m2, num_threads):
     plan = plan_of(x)
     n_workers = team_wanted(plan, x.itemsize, num_threads)
-    chunks = np.empty((2, plan.n_chunks * plan.channels))
-    chunks_mean, chunks_m2 = data(chunks), at(data(chunks), plan.n_chunks * plan.channels)
+    partial = np.empty((plan.n_chunks, 3, plan.channels))  # mean, rest, m2; the result ends up in chunk 0
     run(work, n_workers, stored((
-        data(x), stride_of(x), plan.outer, plan.channels, plan.inner, chunks_mean, chunks_m2)))
+        data(x), stride_of(x), plan.outer, plan.channels, plan.inner, data(partial))))
     run(merge, merge_team(plan, n_workers), stored((
-        plan.outer, plan.channels, plan.inner, chunks_mean, chunks_m2, data(mean), data(m2))))
-    return chunks  # so that Numba keeps it to the end
+        plan.outer, plan.channels, plan.inner, data(partial), data(mean), data(rest), data(m2))))
+    return partial  # so that Numba keeps it to the end
 
 
 def run_affine(work, x, coefs, relu, out, num_threads):
@@ -1101,8 +1125,8 @@ def launch(driver, n_bytes, num_threads, dtype, *args):
 # What Python calls: the contract of kernels/__init__.py. The arrays were checked by _layout.py.
 # ---------------------------------------------------------------------------------------------------------------------
 
-def moments(x, mean, m2, num_threads):
-    launch(run_moments, x.nbytes, num_threads, x.dtype, x, mean, m2)
+def moments(x, mean, rest, m2, num_threads):
+    launch(run_moments, x.nbytes, num_threads, x.dtype, x, mean, rest, m2)
 
 
 def affine(x, coefs, relu, out, num_threads):
@@ -1118,22 +1142,22 @@ def grad_affine(grad_y, x, coefs, linear, relu, out, num_threads):
 
 
 def batch_norm(x, gamma, beta, eps, relu, out, stats, coefs, num_threads):
-    mean, m2 = np.empty((2, x.shape[1]))
-    moments(x, mean, m2, num_threads)
-    normalize(mean, m2, x.shape[0] * x.shape[2], gamma, beta, eps, stats, coefs)
+    mean, rest, m2 = np.empty((3, x.shape[1]))
+    moments(x, mean, rest, m2, num_threads)
+    normalize(mean, rest, m2, x.shape[0] * x.shape[2], gamma, beta, eps, stats, coefs)
     affine(x, coefs, relu, out, num_threads)
 
 
 def batch_norm_inference(x, mean, var, gamma, beta, eps, relu, out, stats, coefs, num_threads):
-    normalize(mean, var, 1, gamma, beta, eps, stats, coefs)
+    normalize(mean, mean[:0], var, 1, gamma, beta, eps, stats, coefs)
     affine(x, coefs, relu, out, num_threads)
 
 
-def normalize(mean, m2, n, gamma, beta, eps, stats, coefs):
+def normalize(mean, rest, m2, n, gamma, beta, eps, stats, coefs):
     none = coefs[0, :0]
     gamma = none if gamma is None else gamma
     beta = none if beta is None else beta
-    call(normalize_channels, coefs.dtype, mean, m2, float(n), gamma, beta, float(eps), stats, coefs)
+    call(normalize_channels, coefs.dtype, mean, rest, m2, float(n), gamma, beta, float(eps), stats, coefs)
 
 
 def batch_norm_backward(grad_y, x, stats, coefs, relu, training, out, grads, num_threads):

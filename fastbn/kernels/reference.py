@@ -28,7 +28,8 @@ def _moments(x):
     n = x.shape[0] * x.shape[2]
     mean = first + _sum(x - _column(first)) / n
     deviation = x - _column(mean)
-    return mean, _sum(deviation**2) - _sum(deviation) ** 2 / n  # less what the rounding of the mean adds
+    lacking = _sum(deviation)  # 0, but for the rounding of the mean
+    return mean, lacking / n, _sum(deviation**2) - lacking**2 / n
 
 
 def _affine(x, center, scale, offset, relu):
@@ -46,10 +47,20 @@ def _grad_moments(grad_y, x, mean, coefs, relu):
     return _sum(dy), _sum(dy * (_wide(x) - _column(mean)))
 
 
+def _normalize(x, mean, rest, var, gamma, beta, eps, relu, out, stats, coefs):
+    invstd = 1 / np.sqrt(var + eps)
+    scale = invstd if gamma is None else gamma * invstd
+    offset = (0 if beta is None else beta) - rest * scale
+    stats[:] = mean, var, invstd
+    coefs[0] = mean
+    coefs[1:] = scale, offset - (mean - coefs[0]) * scale
+    out[...] = _affine(x, mean, scale, offset, relu)
+
+
 @_quiet
-def moments(x, mean, m2, num_threads):
-    """mean = sum(x) / n; m2 = sum((x - mean)^2)."""
-    mean[:], m2[:] = _moments(x)
+def moments(x, mean, rest, m2, num_threads):
+    """mean + rest = sum(x) / n; m2 = sum((x - mean - rest)^2)."""
+    mean[:], rest[:], m2[:] = _moments(x)
 
 
 @_quiet
@@ -61,23 +72,15 @@ def affine(x, coefs, relu, out, num_threads):
 @_quiet
 def batch_norm(x, gamma, beta, eps, relu, out, stats, coefs, num_threads):
     """y = gamma * (x - mean) / sqrt(var + eps) + beta (Ioffe and Szegedy 2015, algorithm 1)."""
-    mean, m2 = _moments(x)
+    mean, rest, m2 = _moments(x)
     var = m2 / (x.shape[0] * x.shape[2])
-    batch_norm_inference(x, mean, var, gamma, beta, eps, relu, out, stats, coefs, num_threads)
+    _normalize(x, mean, rest, var, gamma, beta, eps, relu, out, stats, coefs)
 
 
 @_quiet
 def batch_norm_inference(x, mean, var, gamma, beta, eps, relu, out, stats, coefs, num_threads):
     """The same about given statistics."""
-    invstd = 1 / np.sqrt(var + eps)
-    scale = invstd if gamma is None else gamma * invstd
-    offset = np.zeros_like(mean) if beta is None else beta
-    stats[:] = mean, var, invstd
-    coefs[0] = mean
-    coefs[1:] = scale, offset - (mean - coefs[0]) * scale
-    out[...] = _affine(x, mean, scale, offset, relu)
-
-
+    _normalize(x, mean, 0, var, gamma, beta, eps, relu, out, stats, coefs)
 @_quiet
 def grad_moments(grad_y, x, mean, coefs, relu, sum_dy, sum_dy_xmu, num_threads):
     """sum(dy), sum(dy * (x - mean))."""
