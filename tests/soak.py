@@ -43,6 +43,7 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     if arguments.row:
         return in_this_process(arguments.row, arguments.scale)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a row's process ends with this one
     names = arguments.only.split(",")
     if unknown := [name for name in names if name not in ROWS]:
         parser.error(f"--only: expected some of {', '.join(ROWS)}, got {', '.join(unknown)}")

@@ -11,11 +11,15 @@ ROOT = Path(__file__).parents[2]
 
 
 def install(name, **switches):
-    """Where a build of this source tree with these switches is, ready to import."""
+    """Where a build of this source tree with these switches is, ready to import; built where a source is newer."""
     target = ROOT / "build" / name
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--upgrade",
-               "--no-warn-script-location", "--target", str(target), str(ROOT)]
-    subprocess.run(command, env=os.environ | switches, check=True)
+    built = target / "built"
+    sources = [ROOT / "setup.py", *(path for kind in ("py", "pyx", "h") for path in ROOT.glob(f"fastbn/**/*.{kind}"))]
+    if not built.exists() or built.stat().st_mtime < max(source.stat().st_mtime for source in sources):
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--no-warn-script-location",
+                   "--target", str(target), str(ROOT)]
+        subprocess.run(command, env=os.environ | switches, check=True)
+        built.touch()
     return target
 
 

@@ -212,22 +212,17 @@ def shifted(draw, given, x, memory, dtype, faults):
     if given is not x or x.dtype != dtype or not x.dtype.isnative or not x.flags.writeable:
         return None
     shift = draw(st.integers(-6, 6)) * dtype.itemsize // draw(st.sampled_from([1, 1, 1, 2]))
-    low, high = np.lib.array_utils.byte_bounds(x) if x.size else (0, 0)
-    start = memory.ctypes.data
-    if not shift or low + shift < start or high + shift > start + memory.nbytes or not x.size:
+    start, own = memory.ctypes.data, addresses(x)
+    if not shift or not own or min(own) + shift < start or max(own) + shift >= start + memory.nbytes:
         return None
     out = np.ndarray(x.shape, dtype, memory, x.ctypes.data - start + shift, x.strides)
-    if x.flags.aligned and share_bytes(x, out):  # an unaligned x is copied, so that its memory may be written to
+    if x.flags.aligned and own & addresses(out):  # an unaligned x is copied, so that its memory may be written to
         faults.append((ValueError, "out must be the input itself or share no memory"))
     return out
 
 
-def share_bytes(a, b):
-    """By looking at the address of every byte."""
-    return bool(addresses(a) & addresses(b))
-
-
 def addresses(array):
+    """Of each byte."""
     at = np.array(array.ctypes.data)
     for length, stride in zip(array.shape, array.strides, strict=True):
         at = np.add.outer(at, np.arange(length) * stride)

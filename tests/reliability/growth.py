@@ -11,14 +11,15 @@ from reliability import FULL, work
 from reliability.system import resident_bytes
 
 MIB = 1 << 20
-ALLOWED = 3 * MIB  # a million calls that lose 4 bytes each would lose more
+ALLOWED = 3 * MIB  # half a million calls that lose 8 bytes each would lose more
 
 
 def run(tally, scale):
-    for i, backend in enumerate(work.compiled(scale)):
-        small_calls(tally, backend, round(1_000_000 * scale), i / 2)
-    for backend in work.compiled(scale):
-        mixed_shapes(tally, backend, 90 * scale, 60 if scale >= FULL else 8)
+    backends = work.compiled(scale)
+    for i, backend in enumerate(backends):
+        small_calls(tally, backend, round(1_000_000 * scale / len(backends)), i / 2)
+    for backend in backends:
+        mixed_shapes(tally, backend, 40 * scale, 60 if scale >= FULL else 8)
 
 
 def resident():

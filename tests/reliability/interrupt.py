@@ -27,7 +27,7 @@ COMMANDS = {
 def run(tally, scale):
     random.seed(5)
     in_calls(tally, work.compiled(scale), max(20, round(1000 * scale)))
-    times = round(20 * scale) if scale >= FULL else 0
+    times = round(12 * scale) if scale >= FULL else 0
     for i in range(times):
         for name, words in COMMANDS.items():
             in_command(tally, name, words)
