@@ -164,6 +164,8 @@ cdef inline const floating* gather(
     if stride == width or n_rows == 1:
         return x
     for r in range(n_rows):
+        for j in range(ceil_div(width, STRIP)):
+            prefetch(x + (r + n_rows) * stride + j * STRIP)
         for j in range(width):
             buffer[r * width + j] = x[r * stride + j]
     return buffer
@@ -190,6 +192,9 @@ cdef inline void sums_strip(
     double* s1,                # INOUT
     double* s2,                # INOUT
 ) noexcept nogil:
+    # Into arrays of their own: float64 data could be s1 or s2 for all the compiler knows, and took twice as long.
+    cdef double strip1[STRIP]
+    cdef double strip2[STRIP]
     cdef Py_ssize_t r, j
     cdef double d, a, b
     for j in range(n_columns):
@@ -199,8 +204,11 @@ cdef inline void sums_strip(
             d = x[r * stride + j] - pivot[j]
             a += d
             b += d * d
-        s1[j] += a
-        s2[j] += b
+        strip1[j] = a
+        strip2[j] = b
+    for j in range(n_columns):
+        s1[j] += strip1[j]
+        s2[j] += strip2[j]
 
 
 cdef inline void sums_group(
@@ -562,10 +570,11 @@ cdef void affine_task(
 ) noexcept nogil:
     cdef floating coefs[3 * TILE]
     cdef floating buffer[ROWS * TILE]
+    cdef floating x_buffer[ROWS * TILE]
     cdef Py_ssize_t c0 = tile * plan.tile
     cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
-    cdef Py_ssize_t width = channels * plan.repeat
-    cdef Py_ssize_t index, r, c, i
+    cdef Py_ssize_t width = channels * plan.repeat, step = ROWS * plan.fold
+    cdef Py_ssize_t index, r, c, i, n
     cdef Block block
     spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
     x += c0 * plan.inner
@@ -583,6 +592,12 @@ cdef void affine_task(
             i = block.row * width
             affine_run(x + i, AHEAD, block.n_rows * width, plan.fold * width, coefs, relu,
                        stream, buffer, y + i, AHEAD)
+        elif plan.fold > 1 and y_stride == width:  # row by row they took twice as long
+            for i in range(ceil_div(block.n_rows, step)):
+                r = block.row + i * step
+                n = min(step, block.row + block.n_rows - r)
+                affine_run(gather(x + r * stride, stride, n, width, x_buffer), 0, n * width, plan.fold * width,
+                           coefs, relu, stream, buffer, y + r * width, AHEAD)
         else:
             for r in range(block.row, block.row + block.n_rows):
                 affine_run(x + r * stride, lead(stride, width), width, width, coefs, relu,
@@ -613,6 +628,8 @@ cdef inline void grad_sums_strip(
     double* s2,                # INOUT
 ) noexcept nogil:
     cdef floating gated[ROWS * STRIP]
+    cdef double strip1[STRIP]
+    cdef double strip2[STRIP]
     cdef Py_ssize_t r, j
     cdef double g, a, b
     if relu:  # in a loop of its own, which vectorises: among the sums, float64 took three times as long
@@ -628,8 +645,11 @@ cdef inline void grad_sums_strip(
             g = dy[r * dy_stride + j]
             a += g
             b += g * (x[r * x_stride + j] - mean[j])
-        s1[j] += a
-        s2[j] += b
+        strip1[j] = a
+        strip2[j] = b
+    for j in range(n_columns):
+        s1[j] += strip1[j]
+        s2[j] += strip2[j]
 
 
 cdef inline void grad_sums_group(
@@ -871,10 +891,12 @@ cdef void grad_affine_task(
 ) noexcept nogil:
     cdef floating coefs[7 * TILE]
     cdef floating buffer[ROWS * TILE]
+    cdef floating dy_buffer[ROWS * TILE]
+    cdef floating x_buffer[ROWS * TILE]
     cdef Py_ssize_t c0 = tile * plan.tile
     cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
-    cdef Py_ssize_t width = channels * plan.repeat
-    cdef Py_ssize_t index, r, c, i
+    cdef Py_ssize_t width = channels * plan.repeat, step = ROWS * plan.fold
+    cdef Py_ssize_t index, r, c, i, n
     cdef Block block
     spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
     spread_rows(linear, 4, plan, c0, channels, coefs + FACTOR)
@@ -894,6 +916,13 @@ cdef void grad_affine_task(
             i = block.row * width
             grad_affine_run(dy + i, AHEAD, x + i, AHEAD, block.n_rows * width, plan.fold * width, coefs, relu,
                             training, stream, buffer, grad_x + i, AHEAD)
+        elif plan.fold > 1 and grad_x_stride == width:
+            for i in range(ceil_div(block.n_rows, step)):
+                r = block.row + i * step
+                n = min(step, block.row + block.n_rows - r)
+                grad_affine_run(gather(dy + r * dy_stride, dy_stride, n, width, dy_buffer), 0,
+                                gather(x + r * x_stride, x_stride, n, width, x_buffer), 0, n * width,
+                                plan.fold * width, coefs, relu, training, stream, buffer, grad_x + r * width, AHEAD)
         else:
             for r in range(block.row, block.row + block.n_rows):
                 grad_affine_run(dy + r * dy_stride, lead(dy_stride, width), x + r * x_stride, lead(x_stride, width),
