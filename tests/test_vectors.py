@@ -14,15 +14,7 @@ pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or not shutil.which("objdump"), reason="needs x86-64 and objdump"
 )
 REGISTERS = {"baseline": "xmm", "avx2": "ymm", "avx512": "zmm"}
-ARITHMETIC = {
-    "sums_rows": "sub|add|fmadd",
-    "sums_run": "sub|add|fmadd",
-    "affine_rows": "sub|mul|fmadd",
-    "grad_sums_rows": "sub|add|fmadd",
-    "grad_sums_run": "sub|add|fmadd",
-    "grad_affine_rows": "sub|mul|fnmadd",
-    "normalize_channels": "div|sqrt",
-}
+KERNELS = ("sums_rows", "sums_run", "affine_rows", "grad_sums_rows", "grad_sums_run", "grad_affine_rows")
 GATED = ("affine_rows", "grad_sums_rows", "grad_affine_rows")  # with a ReLU, which compares
 
 
@@ -43,12 +35,14 @@ def listings():
 
 @pytest.mark.parametrize("dtype", ["0", "1"], ids=["float32", "float64"])
 @pytest.mark.parametrize("isa", REGISTERS)
-@pytest.mark.parametrize("kernel", ARITHMETIC)
-def test_arithmetic_is_as_wide_as_the_registers(listings, kernel, isa, dtype):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_loops_are_as_wide_as_the_registers(listings, kernel, isa, dtype):
     body, register = listings[isa, kernel, dtype], REGISTERS[isa]
-    assert re.search(rf"\bv?({ARITHMETIC[kernel]})\d*p[sd]\s.*{register}", body)
+    wide = re.findall(rf"\bv?(?:sub|add|mul|fn?madd)\d*p[sd]\s.*{register}", body)
+    scalar = re.findall(r"\bv?(?:sub|add|mul|fn?madd)\d*s[sd]\s", body)
+    # The columns that are over are scalar: up to 3.3 for a wide one. Scalar strips made it 10.
+    assert len(scalar) <= 5 * len(wide)
     if kernel in GATED:
         wide = re.findall(rf"\bv?cmp\w*p[sd]\s.*{register}", body)
         scalar = re.findall(r"\bv?(?:cmp\w*s|u?comis)[sd]\s", body)
-        # The columns that are over are scalar: 4 compares for a wide one. A scalar strip made it 15 to 19.
-        assert len(scalar) <= 8 * len(wide)
+        assert len(scalar) <= 8 * len(wide)  # the same: 3.3, and 15 to 19
