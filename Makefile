@@ -17,7 +17,7 @@ lint:  ## ruff, cython-lint, mypy
 demo:  ## train on real digits, draw the curves
 	$(PYTHON) -m fastbn demo
 
-soak:  ## try all that may go wrong, write docs/reliability.md; about half an hour
+soak:  ## try all that may go wrong, write docs/reliability.md; some 25 minutes
 	$(PYTHON) tests/soak.py --markdown docs/reliability.md
 
 fuzz:  ## 20,000 new examples of arguments

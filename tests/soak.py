@@ -36,7 +36,7 @@ PACKAGES = ("numpy", "numba", "hypothesis", "joblib", "dask", "torch", "pandas",
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Try what may go wrong, and count what is lost.")
     parser.add_argument("--only", metavar="ROW,...", default=",".join(ROWS), help=f"some of {', '.join(ROWS)}")
-    parser.add_argument("--scale", type=float, default=1.0, help="1 is the whole thing, well over half an hour")
+    parser.add_argument("--scale", type=float, default=1.0, help="1 is the whole thing, some 25 minutes")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--markdown", metavar="FILE.md", type=Path, help="write the page")
     parser.add_argument("--row", help=argparse.SUPPRESS)

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-"""The bare memory passes: loads, stores past the caches, and no more arithmetic than keeps the loads from being left out.
+"""The bare memory passes: loads, stores, and no more arithmetic than keeps the loads from being left out.
 
 The arrays are taken as 64-byte lines (what is over is left alone), in runs of PIECE lines dealt to the threads.
 """

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn.bench import passes
+import fastbn.bench.passes as passes
 from fastbn.bench.cases import Case
 from fastbn.bench.data import Data
 

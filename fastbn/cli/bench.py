@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE.png", help="draw GB/s against bytes, one panel an operation")
     parser.add_argument("--markdown", metavar="FILE.md", help="write the tables as a page")
     parser.add_argument(
-        "--headline", metavar="FILE.md", help="put the main figures into a page, such as README.md, between its two marks"
+        "--headline", metavar="FILE.md",
+        help="put the main figures into a page, such as README.md, between its two marks",
     )
 
 

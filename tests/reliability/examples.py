@@ -104,9 +104,9 @@ def kind_of_x(draw, x, option):
     kinds = ["itself"] * 12 + ["read-only", "int", "bool", "recarray", "broadcast"]
     if x.size:
         kinds += ["list"]
-    if x.ndim == 2:
+    if x.ndim == 2 and x.size:
         kinds += ["matrix", *(["pandas", "pandas array"] if HAS["pandas"] else [])]
-        kinds += ["polars", "polars array"] if HAS["polars"] and x.size else []
+        kinds += ["polars", "polars array"] if HAS["polars"] else []
     wrong = [(name, TypeError, "x must") for name in ("masked", "c8", "f2", "O", "U5", "g", "m8[s]")]
     kind = option(kinds, wrong)
     if kind == "itself":

@@ -14,7 +14,7 @@ import numpy as np
 import fastbn
 
 CHANNELS = 5
-ERRORS = (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+ERRORS = (ValueError, TypeError, KeyError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def run(tally, scale):
