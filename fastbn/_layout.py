@@ -130,7 +130,8 @@ def per_channel(values: ArrayLike | None, name: str, channels: int, dtype: Any) 
         raise TypeError(f"{name} must be real numbers, got dtype {array.dtype}")
     if array.shape != (channels,):
         raise ValueError(f"{name} must have shape ({channels},), got {array.shape}")
-    return np.require(array, dtype, ["C", "A"])
+    array = np.ascontiguousarray(array, dtype)
+    return array if array.flags.aligned else array.copy()
 
 
 def statistics(values: ArrayLike | None, name: str, channels: int) -> NDArray[np.float64]:

@@ -122,7 +122,7 @@ class Progress:
 
 
 def tried(result):
-    return ", ".join(f"{n:,} {what}" for what, n in result["tried"].items())
+    return "; ".join(f"{n:,} {what}" for what, n in result["tried"].items())
 
 
 def as_text(results):
@@ -162,20 +162,20 @@ def markdown(rows):
     ]
     parts = [
         "# Reliability",
-        "Written by `python tests/soak.py --markdown docs/reliability.md`: measured, none of it typed. Do not edit; "
+        "Written by `python tests/soak.py --markdown docs/reliability.md`: measured, none of it typed. Do not edit;\n"
         "run it again. What is lost must be nothing.",
         "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {fact} |" for name, fact in facts().items())]),
         "\n".join(table),
-        "Each row is a module of `tests/reliability/`; the tests run most of them on every change, at a small scale. "
+        "Each row is a module of `tests/reliability/`; the tests run most of them on every change, at a small scale.\n"
         "What each does, in its own words:",
     ]
     for name, row in rows.items():
         said = import_module(f"reliability.{name}").__doc__
-        parts.append("\n\n".join([f"## {name.replace('_', ' ')}", said, *("- " + note for note in row["notes"]),
-                                  *("- LOST: " + loss for loss in row["lost"])]))
+        notes = [*row["notes"], *(f"LOST: {loss}" for loss in row["lost"])]
         if row["scale"] != 1:
-            parts.append(f"- at a scale of {row['scale']:g}")
-    return "\n\n".join(parts) + "\n"
+            notes.append(f"at a scale of {row['scale']:g}")
+        parts += [f"## {name.replace('_', ' ')}", said, "\n".join("- " + note for note in notes)]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 if __name__ == "__main__":
