@@ -41,6 +41,9 @@ class Layout(NamedTuple):
 def layout_of(x: NDArray[Any], axis: int) -> Layout:
     """The layout that follows the memory order of x."""
     axis = channel_axis(x, axis)
+    if x.flags.c_contiguous:  # what follows would find the same, in 7 us instead of 3
+        view = (math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1:]))
+        return Layout(x.shape, tuple(range(x.ndim)), view, x.dtype)
     # An axis of length 1 has an arbitrary stride; it takes the one that C order would give it.
     strides = list(x.strides)
     step = x.itemsize
@@ -57,6 +60,8 @@ def layout_of(x: NDArray[Any], axis: int) -> Layout:
 
 def canonical(x: NDArray[Any], layout: Layout) -> NDArray[Any]:
     """x as ``layout.view``, a view where x allows it, else a copy."""
+    if x.flags.c_contiguous and x.flags.aligned and layout.order == tuple(range(x.ndim)):
+        return x.reshape(layout.view)
     view = x.transpose(layout.order).reshape(layout.view)
     steps = view.shape[1:], view.strides[1:], (layout.view[2] * x.itemsize, x.itemsize)
     contiguous = all(length == 1 or stride == step for length, stride, step in zip(*steps, strict=True))
@@ -181,13 +186,15 @@ def output(
         raise TypeError(f"out must have dtype {layout.dtype.str}, got {out.dtype.str}")
     if not out.flags.writeable:
         raise ValueError("out must be writeable, got a read-only array")
-    same = out.ctypes.data == source.ctypes.data and out.strides == source.strides
-    for other in others if same else (source, *others):
-        if overlap(out, other):
-            raise ValueError("out must be the input itself or share no memory with the inputs, got one that overlaps")
-    if overlaps_itself(out):
+    if (overlap(out, source) and not same_place(out, source)) or any(overlap(out, other) for other in others):
+        raise ValueError("out must be the input itself or share no memory with the inputs, got one that overlaps")
+    if not out.flags.c_contiguous and overlaps_itself(out):
         raise ValueError("out must have a place of its own for each value, got an array that overlaps itself")
     return out, canonical(out, layout)
+
+
+def same_place(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    return a.ctypes.data == b.ctypes.data and a.strides == b.strides
 
 
 def overlap(a: NDArray[Any], b: NDArray[Any]) -> bool:
