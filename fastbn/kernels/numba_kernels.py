@@ -400,7 +400,7 @@ def sums_rows_as(x, stride, n_rows, width, pivot, s1, s2):
         sums_group(at(x, done * stride), stride, 4, width, pivot, s1, s2)
         done += 4
     for r in range(done, n_rows):
-        sums_group(at(x, r * stride), stride, 1, width, pivot, s1, s2)
+        sums_strip(at(x, r * stride), stride, 1, width, pivot, s1, s2)
 
 
 @sums_helper
@@ -781,7 +781,7 @@ def grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, mean, coefs, re
                         mean, coefs, relu, s1, s2)
         done += 4
     for r in range(done, n_rows):
-        grad_sums_group(at(dy, r * dy_stride), dy_stride, at(x, r * x_stride), x_stride, 1, width,
+        grad_sums_strip(at(dy, r * dy_stride), dy_stride, at(x, r * x_stride), x_stride, 1, width,
                         mean, coefs, relu, s1, s2)
 
 
