@@ -36,11 +36,8 @@ cdef int launch_moments(
     cdef double* partial = scratch(&plan, 3)
     cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
     with nogil, parallel(num_threads=team):
-        moments_worker(x, stride, &plan, partial)
+        moments_worker(x, stride, &plan, mean, rest, m2, partial)
     team_give(team)
-    memcpy(mean, partial, plan.channels * sizeof(double))
-    memcpy(rest, partial + plan.channels, plan.channels * sizeof(double))
-    memcpy(m2, partial + 2 * plan.channels, plan.channels * sizeof(double))
     free(partial)
     return 0
 

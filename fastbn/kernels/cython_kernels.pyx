@@ -174,13 +174,13 @@ cdef inline const floating* gather(
 # ---------------------------------------------------------------------------------------------------------------------
 # moments: sums about a pivot near the mean, in one read of the data.
 #
-#     s1 = sum(x - pivot)    s2 = sum((x - pivot)^2)    mean + rest = pivot + s1 / n    m2 = s2 - s1^2 / n
+#     s1 = sum(x - pivot)    s2 = sum((x - pivot)^2)    mean = pivot    rest = s1 / n    m2 = s2 - s1^2 / n
 #
 # The pivot is the mean of the block's first rows, k of its n values, so (mean - pivot)^2 <= m2 / k, and the subtraction
 # costs at most a factor 1 + n / k <= 33 of float64's 1e-16, whatever the data. It is computed as first + mean(x -
 # first), so a constant column has deviations of exactly 0.
 #
-# The mean is kept in two floats: in one, 1e-16 of a large mean, times delta, would add up in m2 as blocks merge.
+# The mean is mean + rest, two floats: in one, 1e-16 of a large mean, times delta, would add up in m2 as blocks merge.
 # ---------------------------------------------------------------------------------------------------------------------
 
 cdef inline void sums_strip(
@@ -297,55 +297,55 @@ cdef void sums_block(
     fold_sums(s2, channels, plan.repeat, plan.fold)
 
 
-cdef inline double lost(double a, double b, double total) noexcept nogil:
-    """What total, the rounded a + b, lacks of the sum (Knuth): total + lost is a + b without loss."""
-    cdef double added = total - a
-    return (a - (total - added)) + (b - added)
-
-
 cdef inline void merge_moments(
     double n_a, double* mean, double* rest, double* m2,
     double n_b, const double* mean_b, const double* rest_b, const double* m2_b, Py_ssize_t channels,
 ) noexcept nogil:
     """Chan, Golub and LeVeque (1979): delta = mean_b - mean, m2 += m2_b + delta^2 n_a n_b / (n_a + n_b)."""
     cdef Py_ssize_t c
-    cdef double delta, shift, total, weight = n_b / (n_a + n_b), cross = n_a * (n_b / (n_a + n_b))
+    cdef double delta, weight = n_b / (n_a + n_b), cross = n_a * (n_b / (n_a + n_b))
     if n_a == 0:  # delta^2 could overflow
         memcpy(mean, mean_b, channels * sizeof(double))
         memcpy(rest, rest_b, channels * sizeof(double))
         memcpy(m2, m2_b, channels * sizeof(double))
         return
-    # Two loops, each of few enough arrays for the compiler to tell apart.
     for c in range(channels):
         delta = (mean_b[c] - mean[c]) + (rest_b[c] - rest[c])
+        rest[c] += delta * weight
         m2[c] += m2_b[c] + delta * delta * cross
+
+
+cdef inline void settle(double* mean, double* rest, Py_ssize_t channels) noexcept nogil:
+    """mean takes of rest what it can hold, without loss (Knuth's two-sum)."""
+    cdef Py_ssize_t c
+    cdef double total, added
     for c in range(channels):
-        delta = (mean_b[c] - mean[c]) + (rest_b[c] - rest[c])
-        shift = rest[c] + delta * weight
-        total = mean[c] + shift
-        rest[c] = lost(mean[c], shift, total)
+        total = mean[c] + rest[c]
+        added = total - mean[c]
+        rest[c] = (mean[c] - (total - added)) + (rest[c] - added)
         mean[c] = total
 
 
 cdef void moments_task(
     const floating* x, Py_ssize_t stride, const Plan* plan, Py_ssize_t chunk, Py_ssize_t tile,
-    double* partial,           # OUT  (3, channels) of this chunk: mean, rest, m2
+    double* mean,              # OUT  (channels,) of this chunk
+    double* rest,              # OUT
+    double* m2,                # OUT
 ) noexcept nogil:
     cdef floating buffer[ROWS * TILE]
     cdef double pivot[TILE]
     cdef double s1[TILE]
     cdef double s2[TILE]
     cdef double mean_b[TILE]
-    cdef double rest_b[TILE]
     cdef Py_ssize_t c, index, c0 = tile * plan.tile
     cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
     cdef Py_ssize_t k_rows, k_length
-    cdef double n, weight, shift, total, count = 0
-    cdef double* mean = partial + c0
-    cdef double* rest = mean + plan.channels
-    cdef double* m2 = rest + plan.channels
+    cdef double n, weight, count = 0
     cdef Block block
     cdef const floating* first
+    mean += c0
+    rest += c0
+    m2 += c0
     for index in range(chunk * plan.chunk, min((chunk + 1) * plan.chunk, plan.n_blocks)):
         block = block_at(plan, index)
         first = x + block.row * stride + c0 * plan.inner + block.start
@@ -367,13 +367,12 @@ cdef void moments_task(
         n = <double>block.n_rows * block.length
         weight = 1 / n
         for c in range(channels):
-            shift = s1[c] * weight
-            total = mean_b[c] + shift
-            rest_b[c] = lost(mean_b[c], shift, total)
-            mean_b[c] = total
-            s2[c] -= s1[c] * shift
-        merge_moments(count, mean, rest, m2, n, mean_b, rest_b, s2, channels)
+            s2[c] -= s1[c] * (s1[c] * weight)
+            s1[c] *= weight
+        merge_moments(count, mean, rest, m2, n, mean_b, s1, s2, channels)
         count += n
+    if count > n:  # a first row far off takes the first pivot along: so large a rest would cost the mean two digits
+        settle(mean, rest, channels)
 
 
 cdef double chunk_count(const Plan* plan, Py_ssize_t chunk) noexcept nogil:
@@ -386,17 +385,18 @@ cdef double chunk_count(const Plan* plan, Py_ssize_t chunk) noexcept nogil:
     return <double>block.row * plan.inner + <double>block.start * min(plan.block_outer, plan.outer - block.row)
 
 
-cdef void merge_chunks(const Plan* plan, double* partial, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+cdef void merge_chunks(
+    const Plan* plan, double* mean, double* rest, double* m2, const double* partial, Py_ssize_t c0, Py_ssize_t c1,
+) noexcept nogil:
     """Chunks 1, 2, ... into chunk 0, in that order, for channels c0 to c1."""
     cdef Py_ssize_t chunk, row = plan.channels
     cdef double before, after
-    cdef double* a = partial + c0
-    cdef double* b
+    cdef const double* b
     for chunk in range(1, plan.n_chunks):
         before = chunk_count(plan, chunk)
         after = chunk_count(plan, chunk + 1)
-        b = a + 3 * chunk * row
-        merge_moments(before, a, a + row, a + 2 * row, after - before, b, b + row, b + 2 * row, c1 - c0)
+        b = partial + 3 * chunk * row + c0
+        merge_moments(before, mean + c0, rest + c0, m2 + c0, after - before, b, b + row, b + 2 * row, c1 - c0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,7 +406,7 @@ cdef void merge_chunks(const Plan* plan, double* partial, Py_ssize_t c0, Py_ssiz
 cdef void normalize_channels(
     const Plan* plan, Py_ssize_t c0, Py_ssize_t c1,
     const double* mean,
-    const double* rest,        # IN   what mean lacks, or NULL: nothing
+    const double* rest,        # IN   what mean lacks; NULL: nothing
     const double* m2, double n, const floating* gamma, const floating* beta, double eps,
     double* stats,             # OUT  (3, channels): mean, var, invstd
     floating* coefs,           # OUT  (3, channels): center, scale, offset
@@ -425,19 +425,12 @@ cdef void normalize_channels(
     for c in range(c0, c1):
         invstd[c] = 1 / sqrt(var[c] + eps)
     for c in range(c0, c1):
-        stats[c] = mean[c]
-        center[c] = <floating>mean[c]
-    if gamma != NULL:
-        for c in range(c0, c1):
-            scale[c] = <floating>(invstd[c] * gamma[c])
-            offset[c] = <floating>(-(mean[c] - center[c]) * (invstd[c] * gamma[c]))
-    else:
-        for c in range(c0, c1):
-            scale[c] = <floating>invstd[c]
-            offset[c] = <floating>(-(mean[c] - center[c]) * invstd[c])
-    if rest != NULL:
-        for c in range(c0, c1):
-            offset[c] -= rest[c] * scale[c]
+        stats[c] = mean[c] + (rest[c] if rest != NULL else 0)
+        center[c] = <floating>stats[c]
+    for c in range(c0, c1):
+        scale[c] = <floating>(invstd[c] * gamma[c] if gamma != NULL else invstd[c])
+    for c in range(c0, c1):
+        offset[c] = <floating>(-((mean[c] - center[c]) + (rest[c] if rest != NULL else 0)) * scale[c])
     if beta != NULL:
         for c in range(c0, c1):
             offset[c] += beta[c]
@@ -984,14 +977,20 @@ cdef inline void wait_for_others(const Part* part) noexcept nogil:
 
 cdef void moments_part(
     const floating* x, Py_ssize_t stride, const Plan* plan, const Part* part,
-    double* partial,           # (n_chunks, 3, channels): mean, rest, m2; the result ends up in chunk 0
+    double* mean, double* rest, double* m2,  # OUT  (channels,) of chunk 0, and in the end of all
+    double* partial,                         # (n_chunks, 3, channels): mean, rest, m2 of the other chunks
 ) noexcept nogil:
-    cdef Py_ssize_t task, chunk, n_tasks = plan.n_chunks * part.n_tiles
+    cdef Py_ssize_t task, chunk, tile, n_tasks = plan.n_chunks * part.n_tiles
+    cdef double* own
     for task in range(share(n_tasks, part, 0), share(n_tasks, part, 1)):
-        chunk = task // part.n_tiles
-        moments_task(x, stride, plan, chunk, part.tile + task % part.n_tiles, partial + 3 * chunk * plan.channels)
+        chunk, tile = task // part.n_tiles, part.tile + task % part.n_tiles
+        if chunk == 0:
+            moments_task(x, stride, plan, chunk, tile, mean, rest, m2)
+        else:
+            own = partial + 3 * chunk * plan.channels
+            moments_task(x, stride, plan, chunk, tile, own, own + plan.channels, own + 2 * plan.channels)
     wait_for_others(part)
-    merge_chunks(plan, partial, channel_share(plan, part, 0), channel_share(plan, part, 1))
+    merge_chunks(plan, mean, rest, m2, partial, channel_share(plan, part, 0), channel_share(plan, part, 1))
 
 
 cdef void affine_part(
@@ -1030,13 +1029,15 @@ cdef void grad_affine_part(
 
 
 cdef void moments_worker(
-    const floating* x, Py_ssize_t stride, const Plan* plan, double* partial,
+    const floating* x, Py_ssize_t stride, const Plan* plan, double* mean, double* rest, double* m2, double* partial,
 ) noexcept nogil:
-    cdef Py_ssize_t index
+    cdef Py_ssize_t index, c0
     cdef Part part
     for index in range(n_parts(plan)):
         part = part_at(plan, index)
-        moments_part(x, stride, plan, &part, partial)
+        moments_part(x, stride, plan, &part, mean, rest, m2, partial)
+        c0 = channel_share(plan, &part, 0)
+        settle(mean + c0, rest + c0, channel_share(plan, &part, 1) - c0)
 
 
 cdef void affine_worker(
@@ -1057,11 +1058,13 @@ cdef void batch_norm_worker(
 ) noexcept nogil:
     cdef Py_ssize_t index
     cdef Part part
+    cdef double* mean = partial
+    cdef double* rest = mean + plan.channels
+    cdef double* m2 = rest + plan.channels
     for index in range(n_parts(plan)):
         part = part_at(plan, index)
-        moments_part(x, stride, plan, &part, partial)
-        normalize_channels(plan, channel_share(plan, &part, 0), channel_share(plan, &part, 1),
-                           partial, partial + plan.channels, partial + 2 * plan.channels,
+        moments_part(x, stride, plan, &part, mean, rest, m2, partial)
+        normalize_channels(plan, channel_share(plan, &part, 0), channel_share(plan, &part, 1), mean, rest, m2,
                            <double>plan.outer * plan.inner, gamma, beta, eps, stats, coefs)
         wait_for_others(&part)
         affine_part(x, stride, plan, &part, coefs, relu, stream, y, y_stride)
