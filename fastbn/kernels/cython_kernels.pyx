@@ -32,8 +32,8 @@ cdef enum:
     INNER_TILE = 8        # channels a tile where the inner axis is swept: few, so that they stay in the cache (10 %)
     BLOCK_ROWS = 128      # wide rows a block; a block has one pivot
     BLOCK_INNER = 8192    # inner elements a channel a block
-    PIVOT_ROWS = 4        # wide rows whose mean is the pivot
-    PIVOT_INNER = 256     # the same along the inner axis
+    PIVOT_SHARE = 32      # the pivot is the mean of a block's first values, one in so many
+    COLUMNS_AHEAD = 128   # columns that the sums fetch ahead; 512 of rows that lie 4 KiB apart thrash L1 (10 to 20 %)
     AHEAD = 512           # elements that the elementwise passes fetch ahead: 10 to 25 % from 4 MB up
     MAX_CHUNKS = 64       # partial results a channel, at most; so also the threads that can share a column
     SERIAL_BYTES = 65536  # a thread's fair share: below it, waking the thread costs more than it saves
@@ -211,15 +211,23 @@ cdef inline void sums_strip(
         s2[j] += strip2[j]
 
 
+cdef inline const floating* coming(
+    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t j, Py_ssize_t ahead,
+) noexcept nogil:
+    """What lies `ahead` columns behind column j of these rows: there, or in the next n_rows rows."""
+    cdef Py_ssize_t k = j + min(width, ahead)
+    return x + k if k < width else x + n_rows * stride + k - width
+
+
 cdef inline void sums_group(
     const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width,
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t r, j = 0
     while j + STRIP <= width:
-        # Fetching the next group's rows takes a 268 MB array from 12 to 20 GB/s on two threads.
-        for r in range(n_rows, 2 * n_rows):
-            prefetch(x + r * stride + j)
+        # Takes a 268 MB array from 12 to 20 GB/s on two threads.
+        for r in range(n_rows):
+            prefetch(coming(x, stride, n_rows, width, j, COLUMNS_AHEAD) + r * stride)
         sums_strip(x + j, stride, n_rows, STRIP, pivot + j, s1 + j, s2 + j)
         j += STRIP
     if (width - j) & 8:
@@ -339,7 +347,7 @@ cdef void moments_task(
     cdef double mean_b[TILE]
     cdef Py_ssize_t c, index, c0 = tile * plan.tile
     cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
-    cdef Py_ssize_t k_rows, k_length
+    cdef Py_ssize_t k, k_rows, k_length
     cdef double n, weight, count = 0
     cdef Block block
     cdef const floating* first
@@ -354,14 +362,16 @@ cdef void moments_task(
             pivot[c] = first[c * plan.inner]
             mean_b[c] = pivot[c]
         spread(pivot, channels, plan.repeat, plan.fold)
-        k_length = min(block.length, PIVOT_INNER)
-        k_rows = min(block.n_rows, ceil_div(PIVOT_INNER, k_length) if plan.by_inner else PIVOT_ROWS * plan.fold)
-        sums_block(first, stride, k_rows, k_length, channels, plan, buffer, pivot, s1, s2)
-        weight = 1 / (<double>k_rows * k_length)  # multiplied by: three divisions a channel took a fifth of a block
-        for c in range(channels):
-            mean_b[c] += s1[c] * weight
-            pivot[c] = mean_b[c]
-        spread(pivot, channels, plan.repeat, plan.fold)
+        k = ceil_div(block.n_rows * block.length, PIVOT_SHARE)
+        k_length = min(block.length, k) if plan.by_inner else block.length
+        k_rows = ceil_div(k, k_length)
+        if k > 1:  # of 32 rows, the first is the pivot as it is
+            sums_block(first, stride, k_rows, k_length, channels, plan, buffer, pivot, s1, s2)
+            weight = 1 / (<double>k_rows * k_length)  # multiplied by: three divisions a channel took a fifth of a block
+            for c in range(channels):
+                mean_b[c] += s1[c] * weight
+                pivot[c] = mean_b[c]
+            spread(pivot, channels, plan.repeat, plan.fold)
 
         sums_block(first, stride, block.n_rows, block.length, channels, plan, buffer, pivot, s1, s2)
         n = <double>block.n_rows * block.length
@@ -420,8 +430,12 @@ cdef void normalize_channels(
     cdef floating* offset = coefs + 2 * channels
     # Loops of few arrays, which the compiler can tell apart and so vectorises: at 4096 channels
     # they were a quarter of a call.
-    for c in range(c0, c1):
-        var[c] = m2[c] / n
+    if n != 1:
+        for c in range(c0, c1):
+            var[c] = m2[c] / n
+    else:  # the variances themselves, at inference: the division was a fourth of this function
+        for c in range(c0, c1):
+            var[c] = m2[c]
     for c in range(c0, c1):
         invstd[c] = 1 / sqrt(var[c] + eps)
     for c in range(c0, c1):
@@ -513,8 +527,8 @@ cdef inline void affine_rows_as(
             affine_strip(x + row * STRIP, STRIP, coefs, relu, y + row * STRIP)
         affine_strip(x + n, length - n, coefs, relu, y + n)
         return
-    for row in range(ceil_div(length, width)):
-        i = row * width
+    i = 0
+    while i < length:
         n = min(width, length - i)
         j = 0
         while j + STRIP <= n:
@@ -523,6 +537,7 @@ cdef inline void affine_rows_as(
             affine_strip(x + i + j, STRIP, coefs + j, relu, y + i + j)
             j += STRIP
         affine_strip(x + i + j, n - j, coefs + j, relu, y + i + j)
+        i += n
 
 
 cdef void affine_rows(
@@ -541,18 +556,16 @@ cdef inline void affine_run(
     bint stream, floating* buffer, floating* y, Py_ssize_t y_ahead,
 ) noexcept nogil:
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
-    cdef Py_ssize_t piece, i, n, step = ROWS * TILE // width * width
-    if stream:
-        y_ahead = 0
-    else:
-        step = length
-        buffer = y
-    for piece in range(ceil_div(length, step)):
-        i = piece * step
+    cdef Py_ssize_t n, step, i = 0
+    if not stream:
+        affine_rows(x, x_ahead, length, width, coefs, relu, y, y_ahead)
+        return
+    step = ROWS * TILE // width * width
+    while i < length:
         n = min(step, length - i)
-        affine_rows(x + i, x_ahead, n, width, coefs, relu, buffer, y_ahead)
-        if stream:
-            stream_copy(y + i, buffer, n * sizeof(floating))
+        affine_rows(x + i, x_ahead, n, width, coefs, relu, buffer, 0)
+        stream_copy(y + i, buffer, n * sizeof(floating))
+        i += n
 
 
 cdef void affine_task(
@@ -567,6 +580,7 @@ cdef void affine_task(
     cdef Py_ssize_t c0 = tile * plan.tile
     cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
     cdef Py_ssize_t width = channels * plan.repeat, step = ROWS * plan.fold
+    cdef Py_ssize_t x_ahead = lead(stride, width), y_ahead = lead(y_stride, width)
     cdef Py_ssize_t index, r, c, i, n
     cdef Block block
     spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
@@ -593,8 +607,8 @@ cdef void affine_task(
                            coefs, relu, stream, buffer, y + r * width, AHEAD)
         else:
             for r in range(block.row, block.row + block.n_rows):
-                affine_run(x + r * stride, lead(stride, width), width, width, coefs, relu,
-                           stream, buffer, y + r * y_stride, lead(y_stride, width))
+                affine_run(x + r * stride, x_ahead, width, width, coefs, relu,
+                           stream, buffer, y + r * y_stride, y_ahead)
     if stream:
         stream_end()
 
@@ -652,9 +666,9 @@ cdef inline void grad_sums_group(
 ) noexcept nogil:
     cdef Py_ssize_t r, j = 0
     while j + STRIP <= width:
-        for r in range(n_rows, 2 * n_rows):
-            prefetch(dy + r * dy_stride + j)
-            prefetch(x + r * x_stride + j)
+        for r in range(n_rows):
+            prefetch(coming(dy, dy_stride, n_rows, width, j, COLUMNS_AHEAD // 2) + r * dy_stride)
+            prefetch(coming(x, x_stride, n_rows, width, j, COLUMNS_AHEAD // 2) + r * x_stride)
         grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, STRIP, mean + j, coefs + j, relu, s1 + j, s2 + j)
         j += STRIP
     if (width - j) & 8:
@@ -827,8 +841,8 @@ cdef inline void grad_affine_rows_as(
             grad_affine_strip(dy + i, x + i, STRIP, coefs, relu, training, grad_x + i)
         grad_affine_strip(dy + n, x + n, length - n, coefs, relu, training, grad_x + n)
         return
-    for row in range(ceil_div(length, width)):
-        i = row * width
+    i = 0
+    while i < length:
         n = min(width, length - i)
         j = 0
         while j + STRIP <= n:
@@ -838,6 +852,7 @@ cdef inline void grad_affine_rows_as(
             grad_affine_strip(dy + i + j, x + i + j, STRIP, coefs + j, relu, training, grad_x + i + j)
             j += STRIP
         grad_affine_strip(dy + i + j, x + i + j, n - j, coefs + j, relu, training, grad_x + i + j)
+        i += n
 
 
 cdef void grad_affine_rows(
@@ -860,18 +875,16 @@ cdef inline void grad_affine_run(
     floating* grad_x, Py_ssize_t grad_x_ahead,
 ) noexcept nogil:
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
-    cdef Py_ssize_t piece, i, n, step = ROWS * TILE // width * width
-    if stream:
-        grad_x_ahead = 0
-    else:
-        step = length
-        buffer = grad_x
-    for piece in range(ceil_div(length, step)):
-        i = piece * step
+    cdef Py_ssize_t n, step, i = 0
+    if not stream:
+        grad_affine_rows(dy, dy_ahead, x, x_ahead, length, width, coefs, relu, training, grad_x, grad_x_ahead)
+        return
+    step = ROWS * TILE // width * width
+    while i < length:
         n = min(step, length - i)
-        grad_affine_rows(dy + i, dy_ahead, x + i, x_ahead, n, width, coefs, relu, training, buffer, grad_x_ahead)
-        if stream:
-            stream_copy(grad_x + i, buffer, n * sizeof(floating))
+        grad_affine_rows(dy + i, dy_ahead, x + i, x_ahead, n, width, coefs, relu, training, buffer, 0)
+        stream_copy(grad_x + i, buffer, n * sizeof(floating))
+        i += n
 
 
 cdef void grad_affine_task(
@@ -889,6 +902,8 @@ cdef void grad_affine_task(
     cdef Py_ssize_t c0 = tile * plan.tile
     cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
     cdef Py_ssize_t width = channels * plan.repeat, step = ROWS * plan.fold
+    cdef Py_ssize_t dy_ahead = lead(dy_stride, width), x_ahead = lead(x_stride, width)
+    cdef Py_ssize_t grad_x_ahead = lead(grad_x_stride, width)
     cdef Py_ssize_t index, r, c, i, n
     cdef Block block
     spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
@@ -918,9 +933,8 @@ cdef void grad_affine_task(
                                 plan.fold * width, coefs, relu, training, stream, buffer, grad_x + r * width, AHEAD)
         else:
             for r in range(block.row, block.row + block.n_rows):
-                grad_affine_run(dy + r * dy_stride, lead(dy_stride, width), x + r * x_stride, lead(x_stride, width),
-                                width, width, coefs, relu, training, stream, buffer,
-                                grad_x + r * grad_x_stride, lead(grad_x_stride, width))
+                grad_affine_run(dy + r * dy_stride, dy_ahead, x + r * x_stride, x_ahead, width, width, coefs,
+                                relu, training, stream, buffer, grad_x + r * grad_x_stride, grad_x_ahead)
     if stream:
         stream_end()
 
