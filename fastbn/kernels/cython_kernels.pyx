@@ -29,7 +29,8 @@ cdef enum:
     TILE = 512            # columns whose accumulators a task keeps on its stack (12 KiB of L1)
     LANES = STRIP         # accumulators a channel where the inner axis is swept: one strip
     SHORT_INNER = 32      # inner axes shorter than this are swept as columns
-    INNER_TILE = 8        # channels a tile where the inner axis is swept: few, so that they stay in the cache (10 %)
+    INNER_TILE = 8        # channels a tile where the inner axis is swept, at most
+    INNER_TILE_SIZE = 1 << 17  # and elements a tile, so that it stays in the cache (32x64x56x56 backward: 9 %)
     BLOCK_ROWS = 128      # wide rows a block; a block has one pivot
     BLOCK_INNER = 8192    # inner elements a channel a block
     PIVOT_SHARE = 32      # the pivot is the mean of a block's first values, one in so many
@@ -86,7 +87,8 @@ cdef Plan make_plan(Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner) noe
     plan.outer, plan.channels, plan.inner = outer, channels, inner
     plan.by_inner = inner >= SHORT_INNER
     plan.repeat = LANES if plan.by_inner else inner
-    plan.n_tiles = ceil_div(channels, INNER_TILE if plan.by_inner else TILE // plan.repeat)
+    plan.tile = max(1, min(INNER_TILE, INNER_TILE_SIZE // (outer * inner))) if plan.by_inner else TILE // plan.repeat
+    plan.n_tiles = ceil_div(channels, plan.tile)
     plan.tile = ceil_div(channels, plan.n_tiles)
     if not plan.by_inner and plan.n_tiles > 1:
         plan.tile = min(ceil_div(plan.tile, STRIP) * STRIP, TILE // plan.repeat)
@@ -940,10 +942,10 @@ cdef void grad_affine_task(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Workers: what one thread of the team does. Where tiles divide evenly and are not strips of many rows, a thread has its
-# own and takes them one by one from the first pass to the last: nobody waits, and a tile that fits its cache is read
-# from memory once (32x256x14x14: 18 %). Otherwise the threads share the tasks of all tiles, and wait for each other
-# between the passes. Either way a thread gets the same tasks in both passes, in the second in reverse order.
+# Workers: what one thread of the team does. Where tiles divide about evenly and are not strips of many rows, a thread
+# has its own and takes them one by one from the first pass to the last: nobody waits, and a tile that fits its cache is
+# read from memory once (32x256x14x14: 18 %). Otherwise the threads share the tasks of all tiles, and wait for each
+# other between the passes. Either way a thread gets the same tasks in both passes, in the second in reverse order.
 # ---------------------------------------------------------------------------------------------------------------------
 
 cdef struct Part:
@@ -954,18 +956,23 @@ cdef struct Part:
 
 
 cdef inline bint has_own_tiles(const Plan* plan) noexcept nogil:
-    return plan.n_tiles % team_size() == 0 and (plan.by_inner or plan.n_chunks == 1)
+    cdef bint even = plan.n_tiles % team_size() == 0 or plan.n_tiles >= 8 * team_size()
+    return even and (plan.by_inner or plan.n_chunks == 1)
+
+
+cdef inline Py_ssize_t first_part(const Plan* plan, int rank) noexcept nogil:
+    return plan.n_tiles * rank // team_size()
 
 
 cdef inline Py_ssize_t n_parts(const Plan* plan) noexcept nogil:
     """How many parts this thread takes, one after the other."""
-    return plan.n_tiles // team_size() if has_own_tiles(plan) else 1
+    return first_part(plan, team_rank() + 1) - first_part(plan, team_rank()) if has_own_tiles(plan) else 1
 
 
 cdef inline Part part_at(const Plan* plan, Py_ssize_t index) noexcept nogil:
     cdef Part part
     if has_own_tiles(plan):
-        part.tile, part.n_tiles = team_rank() * n_parts(plan) + index, 1
+        part.tile, part.n_tiles = first_part(plan, team_rank()) + index, 1
         part.rank, part.size = 0, 1
     else:
         part.tile, part.n_tiles = 0, plan.n_tiles
