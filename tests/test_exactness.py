@@ -194,6 +194,15 @@ def test_the_order_of_merging_does_not_matter(backend, name):
     assert max(errors) - min(errors) <= 1
 
 
+def test_the_mean_of_many_blocks_after_an_outlier(compiled):
+    """The first pivot is far from the mean, which must not cost digits where a chunk has several blocks."""
+    x = np.random.default_rng(3).standard_normal((2**22, 2))
+    x[0] = 1e8, 8e8 / 7
+    mean = fastbn.moments(x, backend=compiled).mean
+    for column, value in zip(x.T, mean, strict=True):
+        assert abs(Fraction(value) - exact_sum(column) / len(x)) < 1e-16 * column.std()
+
+
 TWO_VALUES = {
     "(2, C)": Turned(np.ascontiguousarray, np.asarray),
     "Fortran": Turned(np.asfortranarray, np.asarray),

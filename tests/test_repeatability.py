@@ -54,6 +54,7 @@ WORK_FOR_64 = {  # 64 KiB for each thread, less than which none is woken for
     "2099x513": Layout((2099, 513)),
     "360007x3": Layout((360_007, 3)),
     "40x40x28x28": Layout((40, 40, 28, 28)),
+    "64x203x9x9": Layout((64, 203, 9, 9)),  # 26 tiles, which three threads share out unevenly
     "Fortran": Layout((27_001, 40), view=np.asfortranarray),
 }
 
@@ -64,7 +65,7 @@ def test_up_to_64_threads(compiled, dtype, layout):
     data = draw(WORK_FOR_64[layout], dtype)
     assert data.x.nbytes >= 64 * 65536
     expected = everything(*data, backend=compiled, num_threads=1)
-    for n in (5, 13, 32, 64):
+    for n in (3, 5, 13, 32, 64):
         assert_all_the_same(everything(*data, backend=compiled, num_threads=n), expected)
 
 

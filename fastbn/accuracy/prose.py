@@ -17,12 +17,12 @@ its first rows, k of its n values, itself computed as first value + mean of the 
 
     s1 = sum(x - pivot)      s2 = sum((x - pivot)^2)      mean = pivot + s1 / n      m2 = s2 - s1^2 / n
 
-and blocks merge in a fixed order (Chan, Golub and LeVeque 1979):
+where pivot and s1 / n stay two numbers. Blocks merge in a fixed order (Chan, Golub and LeVeque 1979):
 
     delta = mean_b - mean_a      mean = mean_a + delta n_b / (n_a + n_b)
     m2 = m2_a + m2_b + delta^2 n_a n_b / (n_a + n_b)
 
-Each mean is two float64, what rounding leaves of it and what it takes (Knuth's sum without loss), in `Moments` too.
+with each mean in two float64 throughout, in `Moments` too.
 
 **Center first.** `x * scale + shift` loses all digits where the mean is large against the standard deviation, and so
 does `x - mean` in float32. The mean is split into what the data's dtype holds, the center, and the rest, which goes

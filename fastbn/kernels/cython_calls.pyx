@@ -36,11 +36,8 @@ cdef int launch_moments(
     cdef double* partial = scratch(&plan, 3)
     cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
     with nogil, parallel(num_threads=team):
-        moments_worker(x, stride, &plan, partial)
+        moments_worker(x, stride, &plan, mean, rest, m2, partial)
     team_give(team)
-    memcpy(mean, partial, plan.channels * sizeof(double))
-    memcpy(rest, partial + plan.channels, plan.channels * sizeof(double))
-    memcpy(m2, partial + 2 * plan.channels, plan.channels * sizeof(double))
     free(partial)
     return 0
 
@@ -421,7 +418,7 @@ def whole_batch_norm_inference(
     """(y, count, whether in place, stats, coefs), or None."""
     cdef cnp.ndarray y, stats, coefs
     cdef Plan plan
-    cdef Py_ssize_t c
+    cdef Py_ssize_t c, n_negative = 0
     cdef double* statistics
     cdef int typenum
     if not is_plain(x) or type(eps) is not float or not (activation is None or activation == "relu"):
@@ -437,9 +434,10 @@ def whole_batch_norm_inference(
     if not (copy_statistics(mean, plan.channels, statistics)
             and copy_statistics(var, plan.channels, statistics + plan.channels)):
         return None
-    for c in range(plan.channels):
-        if statistics[plan.channels + c] < 0:
-            return None
+    for c in range(plan.channels):  # without a way out, so that it is vectorised
+        n_negative += statistics[plan.channels + c] < 0
+    if n_negative:
+        return None
     y = new_like(x, pooled, empty) if out is None else out
     coefs = new_rows(3, plan.channels, typenum)
     if typenum == cnp.NPY_FLOAT32:

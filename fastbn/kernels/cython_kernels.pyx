@@ -29,11 +29,12 @@ cdef enum:
     TILE = 512            # columns whose accumulators a task keeps on its stack (12 KiB of L1)
     LANES = STRIP         # accumulators a channel where the inner axis is swept: one strip
     SHORT_INNER = 32      # inner axes shorter than this are swept as columns
-    INNER_TILE = 8        # channels a tile where the inner axis is swept: few, so that they stay in the cache (10 %)
+    INNER_TILE = 8        # channels a tile where the inner axis is swept, at most
+    INNER_TILE_SIZE = 1 << 17  # and elements a tile, so that it stays in the cache (32x64x56x56 backward: 9 %)
     BLOCK_ROWS = 128      # wide rows a block; a block has one pivot
     BLOCK_INNER = 8192    # inner elements a channel a block
-    PIVOT_ROWS = 4        # wide rows whose mean is the pivot
-    PIVOT_INNER = 256     # the same along the inner axis
+    PIVOT_SHARE = 32      # the pivot is the mean of a block's first values, one in so many
+    COLUMNS_AHEAD = 128   # columns that the sums fetch ahead; 512 of rows that lie 4 KiB apart thrash L1 (10 to 20 %)
     AHEAD = 512           # elements that the elementwise passes fetch ahead: 10 to 25 % from 4 MB up
     MAX_CHUNKS = 64       # partial results a channel, at most; so also the threads that can share a column
     SERIAL_BYTES = 65536  # a thread's fair share: below it, waking the thread costs more than it saves
@@ -86,7 +87,8 @@ cdef Plan make_plan(Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner) noe
     plan.outer, plan.channels, plan.inner = outer, channels, inner
     plan.by_inner = inner >= SHORT_INNER
     plan.repeat = LANES if plan.by_inner else inner
-    plan.n_tiles = ceil_div(channels, INNER_TILE if plan.by_inner else TILE // plan.repeat)
+    plan.tile = max(1, min(INNER_TILE, INNER_TILE_SIZE // (outer * inner))) if plan.by_inner else TILE // plan.repeat
+    plan.n_tiles = ceil_div(channels, plan.tile)
     plan.tile = ceil_div(channels, plan.n_tiles)
     if not plan.by_inner and plan.n_tiles > 1:
         plan.tile = min(ceil_div(plan.tile, STRIP) * STRIP, TILE // plan.repeat)
@@ -174,13 +176,13 @@ cdef inline const floating* gather(
 # ---------------------------------------------------------------------------------------------------------------------
 # moments: sums about a pivot near the mean, in one read of the data.
 #
-#     s1 = sum(x - pivot)    s2 = sum((x - pivot)^2)    mean + rest = pivot + s1 / n    m2 = s2 - s1^2 / n
+#     s1 = sum(x - pivot)    s2 = sum((x - pivot)^2)    mean = pivot    rest = s1 / n    m2 = s2 - s1^2 / n
 #
 # The pivot is the mean of the block's first rows, k of its n values, so (mean - pivot)^2 <= m2 / k, and the subtraction
 # costs at most a factor 1 + n / k <= 33 of float64's 1e-16, whatever the data. It is computed as first + mean(x -
 # first), so a constant column has deviations of exactly 0.
 #
-# The mean is kept in two floats: in one, 1e-16 of a large mean, times delta, would add up in m2 as blocks merge.
+# The mean is mean + rest, two floats: in one, 1e-16 of a large mean, times delta, would add up in m2 as blocks merge.
 # ---------------------------------------------------------------------------------------------------------------------
 
 cdef inline void sums_strip(
@@ -211,15 +213,23 @@ cdef inline void sums_strip(
         s2[j] += strip2[j]
 
 
+cdef inline const floating* coming(
+    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t j, Py_ssize_t ahead,
+) noexcept nogil:
+    """What lies `ahead` columns behind column j of these rows: there, or in the next n_rows rows."""
+    cdef Py_ssize_t k = j + min(width, ahead)
+    return x + k if k < width else x + n_rows * stride + k - width
+
+
 cdef inline void sums_group(
     const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width,
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t r, j = 0
     while j + STRIP <= width:
-        # Fetching the next group's rows takes a 268 MB array from 12 to 20 GB/s on two threads.
-        for r in range(n_rows, 2 * n_rows):
-            prefetch(x + r * stride + j)
+        # Takes a 268 MB array from 12 to 20 GB/s on two threads.
+        for r in range(n_rows):
+            prefetch(coming(x, stride, n_rows, width, j, COLUMNS_AHEAD) + r * stride)
         sums_strip(x + j, stride, n_rows, STRIP, pivot + j, s1 + j, s2 + j)
         j += STRIP
     if (width - j) & 8:
@@ -297,55 +307,55 @@ cdef void sums_block(
     fold_sums(s2, channels, plan.repeat, plan.fold)
 
 
-cdef inline double lost(double a, double b, double total) noexcept nogil:
-    """What total, the rounded a + b, lacks of the sum (Knuth): total + lost is a + b without loss."""
-    cdef double added = total - a
-    return (a - (total - added)) + (b - added)
-
-
 cdef inline void merge_moments(
     double n_a, double* mean, double* rest, double* m2,
     double n_b, const double* mean_b, const double* rest_b, const double* m2_b, Py_ssize_t channels,
 ) noexcept nogil:
     """Chan, Golub and LeVeque (1979): delta = mean_b - mean, m2 += m2_b + delta^2 n_a n_b / (n_a + n_b)."""
     cdef Py_ssize_t c
-    cdef double delta, shift, total, weight = n_b / (n_a + n_b), cross = n_a * (n_b / (n_a + n_b))
+    cdef double delta, weight = n_b / (n_a + n_b), cross = n_a * (n_b / (n_a + n_b))
     if n_a == 0:  # delta^2 could overflow
         memcpy(mean, mean_b, channels * sizeof(double))
         memcpy(rest, rest_b, channels * sizeof(double))
         memcpy(m2, m2_b, channels * sizeof(double))
         return
-    # Two loops, each of few enough arrays for the compiler to tell apart.
     for c in range(channels):
         delta = (mean_b[c] - mean[c]) + (rest_b[c] - rest[c])
+        rest[c] += delta * weight
         m2[c] += m2_b[c] + delta * delta * cross
+
+
+cdef inline void settle(double* mean, double* rest, Py_ssize_t channels) noexcept nogil:
+    """mean takes of rest what it can hold, without loss (Knuth's two-sum)."""
+    cdef Py_ssize_t c
+    cdef double total, added
     for c in range(channels):
-        delta = (mean_b[c] - mean[c]) + (rest_b[c] - rest[c])
-        shift = rest[c] + delta * weight
-        total = mean[c] + shift
-        rest[c] = lost(mean[c], shift, total)
+        total = mean[c] + rest[c]
+        added = total - mean[c]
+        rest[c] = (mean[c] - (total - added)) + (rest[c] - added)
         mean[c] = total
 
 
 cdef void moments_task(
     const floating* x, Py_ssize_t stride, const Plan* plan, Py_ssize_t chunk, Py_ssize_t tile,
-    double* partial,           # OUT  (3, channels) of this chunk: mean, rest, m2
+    double* mean,              # OUT  (channels,) of this chunk
+    double* rest,              # OUT
+    double* m2,                # OUT
 ) noexcept nogil:
     cdef floating buffer[ROWS * TILE]
     cdef double pivot[TILE]
     cdef double s1[TILE]
     cdef double s2[TILE]
     cdef double mean_b[TILE]
-    cdef double rest_b[TILE]
     cdef Py_ssize_t c, index, c0 = tile * plan.tile
     cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
-    cdef Py_ssize_t k_rows, k_length
-    cdef double n, weight, shift, total, count = 0
-    cdef double* mean = partial + c0
-    cdef double* rest = mean + plan.channels
-    cdef double* m2 = rest + plan.channels
+    cdef Py_ssize_t k, k_rows, k_length
+    cdef double n, weight, count = 0
     cdef Block block
     cdef const floating* first
+    mean += c0
+    rest += c0
+    m2 += c0
     for index in range(chunk * plan.chunk, min((chunk + 1) * plan.chunk, plan.n_blocks)):
         block = block_at(plan, index)
         first = x + block.row * stride + c0 * plan.inner + block.start
@@ -354,26 +364,27 @@ cdef void moments_task(
             pivot[c] = first[c * plan.inner]
             mean_b[c] = pivot[c]
         spread(pivot, channels, plan.repeat, plan.fold)
-        k_length = min(block.length, PIVOT_INNER)
-        k_rows = min(block.n_rows, ceil_div(PIVOT_INNER, k_length) if plan.by_inner else PIVOT_ROWS * plan.fold)
-        sums_block(first, stride, k_rows, k_length, channels, plan, buffer, pivot, s1, s2)
-        weight = 1 / (<double>k_rows * k_length)  # multiplied by: three divisions a channel took a fifth of a block
-        for c in range(channels):
-            mean_b[c] += s1[c] * weight
-            pivot[c] = mean_b[c]
-        spread(pivot, channels, plan.repeat, plan.fold)
+        k = ceil_div(block.n_rows * block.length, PIVOT_SHARE)
+        k_length = min(block.length, k) if plan.by_inner else block.length
+        k_rows = ceil_div(k, k_length)
+        if k > 1:  # of 32 rows, the first is the pivot as it is
+            sums_block(first, stride, k_rows, k_length, channels, plan, buffer, pivot, s1, s2)
+            weight = 1 / (<double>k_rows * k_length)  # multiplied by: three divisions a channel took a fifth of a block
+            for c in range(channels):
+                mean_b[c] += s1[c] * weight
+                pivot[c] = mean_b[c]
+            spread(pivot, channels, plan.repeat, plan.fold)
 
         sums_block(first, stride, block.n_rows, block.length, channels, plan, buffer, pivot, s1, s2)
         n = <double>block.n_rows * block.length
         weight = 1 / n
         for c in range(channels):
-            shift = s1[c] * weight
-            total = mean_b[c] + shift
-            rest_b[c] = lost(mean_b[c], shift, total)
-            mean_b[c] = total
-            s2[c] -= s1[c] * shift
-        merge_moments(count, mean, rest, m2, n, mean_b, rest_b, s2, channels)
+            s2[c] -= s1[c] * (s1[c] * weight)
+            s1[c] *= weight
+        merge_moments(count, mean, rest, m2, n, mean_b, s1, s2, channels)
         count += n
+    if count > n:  # a first row far off takes the first pivot along: so large a rest would cost the mean two digits
+        settle(mean, rest, channels)
 
 
 cdef double chunk_count(const Plan* plan, Py_ssize_t chunk) noexcept nogil:
@@ -386,17 +397,18 @@ cdef double chunk_count(const Plan* plan, Py_ssize_t chunk) noexcept nogil:
     return <double>block.row * plan.inner + <double>block.start * min(plan.block_outer, plan.outer - block.row)
 
 
-cdef void merge_chunks(const Plan* plan, double* partial, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
+cdef void merge_chunks(
+    const Plan* plan, double* mean, double* rest, double* m2, const double* partial, Py_ssize_t c0, Py_ssize_t c1,
+) noexcept nogil:
     """Chunks 1, 2, ... into chunk 0, in that order, for channels c0 to c1."""
     cdef Py_ssize_t chunk, row = plan.channels
     cdef double before, after
-    cdef double* a = partial + c0
-    cdef double* b
+    cdef const double* b
     for chunk in range(1, plan.n_chunks):
         before = chunk_count(plan, chunk)
         after = chunk_count(plan, chunk + 1)
-        b = a + 3 * chunk * row
-        merge_moments(before, a, a + row, a + 2 * row, after - before, b, b + row, b + 2 * row, c1 - c0)
+        b = partial + 3 * chunk * row + c0
+        merge_moments(before, mean + c0, rest + c0, m2 + c0, after - before, b, b + row, b + 2 * row, c1 - c0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -406,7 +418,7 @@ cdef void merge_chunks(const Plan* plan, double* partial, Py_ssize_t c0, Py_ssiz
 cdef void normalize_channels(
     const Plan* plan, Py_ssize_t c0, Py_ssize_t c1,
     const double* mean,
-    const double* rest,        # IN   what mean lacks, or NULL: nothing
+    const double* rest,        # IN   what mean lacks; NULL: nothing
     const double* m2, double n, const floating* gamma, const floating* beta, double eps,
     double* stats,             # OUT  (3, channels): mean, var, invstd
     floating* coefs,           # OUT  (3, channels): center, scale, offset
@@ -420,24 +432,21 @@ cdef void normalize_channels(
     cdef floating* offset = coefs + 2 * channels
     # Loops of few arrays, which the compiler can tell apart and so vectorises: at 4096 channels
     # they were a quarter of a call.
-    for c in range(c0, c1):
-        var[c] = m2[c] / n
+    if n != 1:
+        for c in range(c0, c1):
+            var[c] = m2[c] / n
+    else:  # the variances themselves, at inference: the division was a fourth of this function
+        for c in range(c0, c1):
+            var[c] = m2[c]
     for c in range(c0, c1):
         invstd[c] = 1 / sqrt(var[c] + eps)
     for c in range(c0, c1):
-        stats[c] = mean[c]
-        center[c] = <floating>mean[c]
-    if gamma != NULL:
-        for c in range(c0, c1):
-            scale[c] = <floating>(invstd[c] * gamma[c])
-            offset[c] = <floating>(-(mean[c] - center[c]) * (invstd[c] * gamma[c]))
-    else:
-        for c in range(c0, c1):
-            scale[c] = <floating>invstd[c]
-            offset[c] = <floating>(-(mean[c] - center[c]) * invstd[c])
-    if rest != NULL:
-        for c in range(c0, c1):
-            offset[c] -= rest[c] * scale[c]
+        stats[c] = mean[c] + (rest[c] if rest != NULL else 0)
+        center[c] = <floating>stats[c]
+    for c in range(c0, c1):
+        scale[c] = <floating>(invstd[c] * gamma[c] if gamma != NULL else invstd[c])
+    for c in range(c0, c1):
+        offset[c] = <floating>(-((mean[c] - center[c]) + (rest[c] if rest != NULL else 0)) * scale[c])
     if beta != NULL:
         for c in range(c0, c1):
             offset[c] += beta[c]
@@ -520,8 +529,8 @@ cdef inline void affine_rows_as(
             affine_strip(x + row * STRIP, STRIP, coefs, relu, y + row * STRIP)
         affine_strip(x + n, length - n, coefs, relu, y + n)
         return
-    for row in range(ceil_div(length, width)):
-        i = row * width
+    i = 0
+    while i < length:
         n = min(width, length - i)
         j = 0
         while j + STRIP <= n:
@@ -530,6 +539,7 @@ cdef inline void affine_rows_as(
             affine_strip(x + i + j, STRIP, coefs + j, relu, y + i + j)
             j += STRIP
         affine_strip(x + i + j, n - j, coefs + j, relu, y + i + j)
+        i += n
 
 
 cdef void affine_rows(
@@ -548,18 +558,16 @@ cdef inline void affine_run(
     bint stream, floating* buffer, floating* y, Py_ssize_t y_ahead,
 ) noexcept nogil:
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
-    cdef Py_ssize_t piece, i, n, step = ROWS * TILE // width * width
-    if stream:
-        y_ahead = 0
-    else:
-        step = length
-        buffer = y
-    for piece in range(ceil_div(length, step)):
-        i = piece * step
+    cdef Py_ssize_t n, step, i = 0
+    if not stream:
+        affine_rows(x, x_ahead, length, width, coefs, relu, y, y_ahead)
+        return
+    step = ROWS * TILE // width * width
+    while i < length:
         n = min(step, length - i)
-        affine_rows(x + i, x_ahead, n, width, coefs, relu, buffer, y_ahead)
-        if stream:
-            stream_copy(y + i, buffer, n * sizeof(floating))
+        affine_rows(x + i, x_ahead, n, width, coefs, relu, buffer, 0)
+        stream_copy(y + i, buffer, n * sizeof(floating))
+        i += n
 
 
 cdef void affine_task(
@@ -574,6 +582,7 @@ cdef void affine_task(
     cdef Py_ssize_t c0 = tile * plan.tile
     cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
     cdef Py_ssize_t width = channels * plan.repeat, step = ROWS * plan.fold
+    cdef Py_ssize_t x_ahead = lead(stride, width), y_ahead = lead(y_stride, width)
     cdef Py_ssize_t index, r, c, i, n
     cdef Block block
     spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
@@ -600,8 +609,8 @@ cdef void affine_task(
                            coefs, relu, stream, buffer, y + r * width, AHEAD)
         else:
             for r in range(block.row, block.row + block.n_rows):
-                affine_run(x + r * stride, lead(stride, width), width, width, coefs, relu,
-                           stream, buffer, y + r * y_stride, lead(y_stride, width))
+                affine_run(x + r * stride, x_ahead, width, width, coefs, relu,
+                           stream, buffer, y + r * y_stride, y_ahead)
     if stream:
         stream_end()
 
@@ -659,9 +668,9 @@ cdef inline void grad_sums_group(
 ) noexcept nogil:
     cdef Py_ssize_t r, j = 0
     while j + STRIP <= width:
-        for r in range(n_rows, 2 * n_rows):
-            prefetch(dy + r * dy_stride + j)
-            prefetch(x + r * x_stride + j)
+        for r in range(n_rows):
+            prefetch(coming(dy, dy_stride, n_rows, width, j, COLUMNS_AHEAD // 2) + r * dy_stride)
+            prefetch(coming(x, x_stride, n_rows, width, j, COLUMNS_AHEAD // 2) + r * x_stride)
         grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, STRIP, mean + j, coefs + j, relu, s1 + j, s2 + j)
         j += STRIP
     if (width - j) & 8:
@@ -834,8 +843,8 @@ cdef inline void grad_affine_rows_as(
             grad_affine_strip(dy + i, x + i, STRIP, coefs, relu, training, grad_x + i)
         grad_affine_strip(dy + n, x + n, length - n, coefs, relu, training, grad_x + n)
         return
-    for row in range(ceil_div(length, width)):
-        i = row * width
+    i = 0
+    while i < length:
         n = min(width, length - i)
         j = 0
         while j + STRIP <= n:
@@ -845,6 +854,7 @@ cdef inline void grad_affine_rows_as(
             grad_affine_strip(dy + i + j, x + i + j, STRIP, coefs + j, relu, training, grad_x + i + j)
             j += STRIP
         grad_affine_strip(dy + i + j, x + i + j, n - j, coefs + j, relu, training, grad_x + i + j)
+        i += n
 
 
 cdef void grad_affine_rows(
@@ -867,18 +877,16 @@ cdef inline void grad_affine_run(
     floating* grad_x, Py_ssize_t grad_x_ahead,
 ) noexcept nogil:
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
-    cdef Py_ssize_t piece, i, n, step = ROWS * TILE // width * width
-    if stream:
-        grad_x_ahead = 0
-    else:
-        step = length
-        buffer = grad_x
-    for piece in range(ceil_div(length, step)):
-        i = piece * step
+    cdef Py_ssize_t n, step, i = 0
+    if not stream:
+        grad_affine_rows(dy, dy_ahead, x, x_ahead, length, width, coefs, relu, training, grad_x, grad_x_ahead)
+        return
+    step = ROWS * TILE // width * width
+    while i < length:
         n = min(step, length - i)
-        grad_affine_rows(dy + i, dy_ahead, x + i, x_ahead, n, width, coefs, relu, training, buffer, grad_x_ahead)
-        if stream:
-            stream_copy(grad_x + i, buffer, n * sizeof(floating))
+        grad_affine_rows(dy + i, dy_ahead, x + i, x_ahead, n, width, coefs, relu, training, buffer, 0)
+        stream_copy(grad_x + i, buffer, n * sizeof(floating))
+        i += n
 
 
 cdef void grad_affine_task(
@@ -896,6 +904,8 @@ cdef void grad_affine_task(
     cdef Py_ssize_t c0 = tile * plan.tile
     cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
     cdef Py_ssize_t width = channels * plan.repeat, step = ROWS * plan.fold
+    cdef Py_ssize_t dy_ahead = lead(dy_stride, width), x_ahead = lead(x_stride, width)
+    cdef Py_ssize_t grad_x_ahead = lead(grad_x_stride, width)
     cdef Py_ssize_t index, r, c, i, n
     cdef Block block
     spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
@@ -925,18 +935,17 @@ cdef void grad_affine_task(
                                 plan.fold * width, coefs, relu, training, stream, buffer, grad_x + r * width, AHEAD)
         else:
             for r in range(block.row, block.row + block.n_rows):
-                grad_affine_run(dy + r * dy_stride, lead(dy_stride, width), x + r * x_stride, lead(x_stride, width),
-                                width, width, coefs, relu, training, stream, buffer,
-                                grad_x + r * grad_x_stride, lead(grad_x_stride, width))
+                grad_affine_run(dy + r * dy_stride, dy_ahead, x + r * x_stride, x_ahead, width, width, coefs,
+                                relu, training, stream, buffer, grad_x + r * grad_x_stride, grad_x_ahead)
     if stream:
         stream_end()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Workers: what one thread of the team does. Where tiles divide evenly and are not strips of many rows, a thread has its
-# own and takes them one by one from the first pass to the last: nobody waits, and a tile that fits its cache is read
-# from memory once (32x256x14x14: 18 %). Otherwise the threads share the tasks of all tiles, and wait for each other
-# between the passes. Either way a thread gets the same tasks in both passes, in the second in reverse order.
+# Workers: what one thread of the team does. Where tiles divide about evenly and are not strips of many rows, a thread
+# has its own and takes them one by one from the first pass to the last: nobody waits, and a tile that fits its cache is
+# read from memory once (32x256x14x14: 18 %). Otherwise the threads share the tasks of all tiles, and wait for each
+# other between the passes. Either way a thread gets the same tasks in both passes, in the second in reverse order.
 # ---------------------------------------------------------------------------------------------------------------------
 
 cdef struct Part:
@@ -947,18 +956,23 @@ cdef struct Part:
 
 
 cdef inline bint has_own_tiles(const Plan* plan) noexcept nogil:
-    return plan.n_tiles % team_size() == 0 and (plan.by_inner or plan.n_chunks == 1)
+    cdef bint even = plan.n_tiles % team_size() == 0 or plan.n_tiles >= 8 * team_size()
+    return even and (plan.by_inner or plan.n_chunks == 1)
+
+
+cdef inline Py_ssize_t first_part(const Plan* plan, int rank) noexcept nogil:
+    return plan.n_tiles * rank // team_size()
 
 
 cdef inline Py_ssize_t n_parts(const Plan* plan) noexcept nogil:
     """How many parts this thread takes, one after the other."""
-    return plan.n_tiles // team_size() if has_own_tiles(plan) else 1
+    return first_part(plan, team_rank() + 1) - first_part(plan, team_rank()) if has_own_tiles(plan) else 1
 
 
 cdef inline Part part_at(const Plan* plan, Py_ssize_t index) noexcept nogil:
     cdef Part part
     if has_own_tiles(plan):
-        part.tile, part.n_tiles = team_rank() * n_parts(plan) + index, 1
+        part.tile, part.n_tiles = first_part(plan, team_rank()) + index, 1
         part.rank, part.size = 0, 1
     else:
         part.tile, part.n_tiles = 0, plan.n_tiles
@@ -984,14 +998,20 @@ cdef inline void wait_for_others(const Part* part) noexcept nogil:
 
 cdef void moments_part(
     const floating* x, Py_ssize_t stride, const Plan* plan, const Part* part,
-    double* partial,           # (n_chunks, 3, channels): mean, rest, m2; the result ends up in chunk 0
+    double* mean, double* rest, double* m2,  # OUT  (channels,) of chunk 0, and in the end of all
+    double* partial,                         # (n_chunks, 3, channels): mean, rest, m2 of the other chunks
 ) noexcept nogil:
-    cdef Py_ssize_t task, chunk, n_tasks = plan.n_chunks * part.n_tiles
+    cdef Py_ssize_t task, chunk, tile, n_tasks = plan.n_chunks * part.n_tiles
+    cdef double* own
     for task in range(share(n_tasks, part, 0), share(n_tasks, part, 1)):
-        chunk = task // part.n_tiles
-        moments_task(x, stride, plan, chunk, part.tile + task % part.n_tiles, partial + 3 * chunk * plan.channels)
+        chunk, tile = task // part.n_tiles, part.tile + task % part.n_tiles
+        if chunk == 0:
+            moments_task(x, stride, plan, chunk, tile, mean, rest, m2)
+        else:
+            own = partial + 3 * chunk * plan.channels
+            moments_task(x, stride, plan, chunk, tile, own, own + plan.channels, own + 2 * plan.channels)
     wait_for_others(part)
-    merge_chunks(plan, partial, channel_share(plan, part, 0), channel_share(plan, part, 1))
+    merge_chunks(plan, mean, rest, m2, partial, channel_share(plan, part, 0), channel_share(plan, part, 1))
 
 
 cdef void affine_part(
@@ -1030,13 +1050,15 @@ cdef void grad_affine_part(
 
 
 cdef void moments_worker(
-    const floating* x, Py_ssize_t stride, const Plan* plan, double* partial,
+    const floating* x, Py_ssize_t stride, const Plan* plan, double* mean, double* rest, double* m2, double* partial,
 ) noexcept nogil:
-    cdef Py_ssize_t index
+    cdef Py_ssize_t index, c0
     cdef Part part
     for index in range(n_parts(plan)):
         part = part_at(plan, index)
-        moments_part(x, stride, plan, &part, partial)
+        moments_part(x, stride, plan, &part, mean, rest, m2, partial)
+        c0 = channel_share(plan, &part, 0)
+        settle(mean + c0, rest + c0, channel_share(plan, &part, 1) - c0)
 
 
 cdef void affine_worker(
@@ -1057,11 +1079,13 @@ cdef void batch_norm_worker(
 ) noexcept nogil:
     cdef Py_ssize_t index
     cdef Part part
+    cdef double* mean = partial
+    cdef double* rest = mean + plan.channels
+    cdef double* m2 = rest + plan.channels
     for index in range(n_parts(plan)):
         part = part_at(plan, index)
-        moments_part(x, stride, plan, &part, partial)
-        normalize_channels(plan, channel_share(plan, &part, 0), channel_share(plan, &part, 1),
-                           partial, partial + plan.channels, partial + 2 * plan.channels,
+        moments_part(x, stride, plan, &part, mean, rest, m2, partial)
+        normalize_channels(plan, channel_share(plan, &part, 0), channel_share(plan, &part, 1), mean, rest, m2,
                            <double>plan.outer * plan.inner, gamma, beta, eps, stats, coefs)
         wait_for_others(&part)
         affine_part(x, stride, plan, &part, coefs, relu, stream, y, y_stride)

@@ -350,13 +350,13 @@ def gather(x, stride, n_rows, width, buffer):
 # ---------------------------------------------------------------------------------------------------------------------
 # moments: sums about a pivot near the mean, in one read of the data.
 #
-#     s1 = sum(x - pivot)    s2 = sum((x - pivot)^2)    mean + rest = pivot + s1 / n    m2 = s2 - s1^2 / n
+#     s1 = sum(x - pivot)    s2 = sum((x - pivot)^2)    mean = pivot    rest = s1 / n    m2 = s2 - s1^2 / n
 #
 # The pivot is the mean of the block's first rows, k of its n values, so (mean - pivot)^2 <= m2 / k, and the subtraction
 # costs at most a factor 1 + n / k <= 33 of float64's 1e-16, whatever the data. It is computed as first + mean(x -
 # first), so a constant column has deviations of exactly 0.
 #
-# The mean is kept in two floats: in one, 1e-16 of a large mean, times delta, would add up in m2 as blocks merge.
+# The mean is mean + rest, two floats: in one, 1e-16 of a large mean, times delta, would add up in m2 as blocks merge.
 # ---------------------------------------------------------------------------------------------------------------------
 
 @inline
@@ -446,13 +446,6 @@ def sums_block(x, stride, n_rows, length, channels, plan, buffer, pivot, s1, s2)
 
 
 @helper
-def lost(a, b, total):
-    """What total, the rounded a + b, lacks of the sum (Knuth): total + lost is a + b without loss."""
-    added = total - a
-    return (a - (total - added)) + (b - added)
-
-
-@helper
 def merge_moments(n_a, mean, rest, m2, n_b, mean_b, rest_b, m2_b, channels):
     """Chan, Golub and LeVeque (1979): delta = mean_b - mean, m2 += m2_b + delta^2 n_a n_b / (n_a + n_b)."""
     restrict()
@@ -466,28 +459,37 @@ def merge_moments(n_a, mean, rest, m2, n_b, mean_b, rest_b, m2_b, channels):
         return
     for c in range(channels):
         delta = (mean_b[c] - mean[c]) + (rest_b[c] - rest[c])
+        rest[c] += delta * weight
         m2[c] += m2_b[c] + delta * delta * cross
-        shift = rest[c] + delta * weight
-        total = mean[c] + shift
-        rest[c] = lost(mean[c], shift, total)
+
+
+@helper
+def settle(mean, rest, channels):
+    """mean takes of rest what it can hold, without loss (Knuth's two-sum)."""
+    restrict()
+    for c in range(channels):
+        total = mean[c] + rest[c]
+        added = total - mean[c]
+        rest[c] = (mean[c] - (total - added)) + (rest[c] - added)
         mean[c] = total
 
 
 @inline
 def moments_task(
     x, stride, plan, chunk, tile,
-    partial,    # OUT  (3, channels) of this chunk: mean, rest, m2
+    mean,       # OUT  (channels,) of this chunk
+    rest,       # OUT
+    m2,         # OUT
 ):
     buffer = local(BUFFER, x)
     pivot = local(TILE, 0.0)
     s1 = local(TILE, 0.0)
     s2 = local(TILE, 0.0)
     mean_b = local(TILE, 0.0)
-    rest_b = local(TILE, 0.0)
     c0 = tile * plan.tile
     channels = min(plan.tile, plan.channels - c0)
-    mean, rest, m2 = at(partial, c0), at(partial, plan.channels + c0), at(partial, 2 * plan.channels + c0)
-    count = 0.0
+    mean, rest, m2 = at(mean, c0), at(rest, c0), at(m2, c0)
+    count = n = 0.0
     for index in range(chunk * plan.chunk, min((chunk + 1) * plan.chunk, plan.n_blocks)):
         block = block_at(plan, index)
         first = at(x, block.row * stride + c0 * plan.inner + block.start)
@@ -495,21 +497,23 @@ def moments_task(
         k_rows = min(block.n_rows, ceil_div(PIVOT_INNER, k_length) if plan.by_inner else PIVOT_ROWS * plan.fold)
         for c in range(channels):
             mean_b[c] = first[c * plan.inner]
+            s1[c] = 0
+        weight = 0.0
         # The first rows about the first row give the pivot; all rows about the pivot give the sums.
         for n_rows, length in ((k_rows, k_length), (block.n_rows, block.length)):
+            for c in range(channels):
+                mean_b[c] += s1[c] * weight
             spread(mean_b, channels, plan.repeat, plan.fold, pivot)
             sums_block(first, stride, n_rows, length, channels, plan, buffer, pivot, s1, s2)
             weight = 1 / float(n_rows * length)  # multiplied by: divisions took a fifth of a block
-            for c in range(channels):
-                shift = s1[c] * weight
-                total = mean_b[c] + shift
-                rest_b[c] = lost(mean_b[c], shift, total)
-                mean_b[c] = total
         n = float(block.n_rows * block.length)
         for c in range(channels):
             s2[c] -= s1[c] * (s1[c] * weight)
-        merge_moments(count, mean, rest, m2, n, mean_b, rest_b, s2, channels)
+            s1[c] *= weight
+        merge_moments(count, mean, rest, m2, n, mean_b, s1, s2, channels)
         count += n
+    if count > n:  # a first row far off takes the first pivot along: so large a rest would cost the mean two digits
+        settle(mean, rest, channels)
 
 
 @helper
@@ -523,15 +527,15 @@ def chunk_count(plan, chunk):
 
 
 @helper
-def merge_chunks(plan, partial, c0, c1):
+def merge_chunks(plan, mean, rest, m2, partial, c0, c1):
     """Chunks 1, 2, ... into chunk 0, in that order, for channels c0 to c1."""
     row = plan.channels
-    a = at(partial, c0)
     for chunk in range(1, plan.n_chunks):
         before = chunk_count(plan, chunk)
         after = chunk_count(plan, chunk + 1)
-        b = at(a, 3 * chunk * row)
-        merge_moments(before, a, at(a, row), at(a, 2 * row), after - before, b, at(b, row), at(b, 2 * row), c1 - c0)
+        b = at(partial, 3 * chunk * row + c0)
+        merge_moments(before, at(mean, c0), at(rest, c0), at(m2, c0), after - before,
+                      b, at(b, row), at(b, 2 * row), c1 - c0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -564,12 +568,9 @@ def normalize_channels(
         invstd[c] = 1 / np.sqrt(m2[c] / n + eps)
         coefs[c] = mean[c]
     for c in range(c0, c1):
-        factor = invstd[c] * gamma[c] if has_gamma else invstd[c]
-        scale[c] = factor
-        offset[c] = -(mean[c] - coefs[c]) * factor
-    if has_rest:
-        for c in range(c0, c1):
-            offset[c] -= rest[c] * scale[c]
+        scale[c] = invstd[c] * gamma[c] if has_gamma else invstd[c]
+    for c in range(c0, c1):
+        offset[c] = -((mean[c] - coefs[c]) + (rest[c] if has_rest else 0.0)) * scale[c]
     if has_beta:
         for c in range(c0, c1):
             offset[c] += beta[c]
@@ -1029,13 +1030,18 @@ def moments_worker(part, job):
     n_tasks = plan.n_chunks * part.n_tiles
     for task in range(share(n_tasks, part, 0), share(n_tasks, part, 1)):
         chunk = task // part.n_tiles
-        moments_task(x, stride, plan, chunk, part.tile + task % part.n_tiles, at(partial, 3 * chunk * plan.channels))
+        row = at(partial, 3 * chunk * plan.channels)
+        moments_task(x, stride, plan, chunk, part.tile + task % part.n_tiles,
+                     row, at(row, plan.channels), at(row, 2 * plan.channels))
 
 
 def merge_worker(part, job):
     part = loaded(part)
     plan, partial = loaded(job)
-    merge_chunks(plan, partial, channel_share(plan, part, 0), channel_share(plan, part, 1))
+    c0, c1 = channel_share(plan, part, 0), channel_share(plan, part, 1)
+    mean, rest, m2 = partial, at(partial, plan.channels), at(partial, 2 * plan.channels)
+    merge_chunks(plan, mean, rest, m2, partial, c0, c1)
+    settle(at(mean, c0), at(rest, c0), c1 - c0)
 
 
 def normalize_worker(part, job):
