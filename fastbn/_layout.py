@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -87,6 +87,8 @@ def restored(view: NDArray[Any], layout: Layout) -> NDArray[Any]:
 
 def data(x: ArrayLike, name: str = "x") -> NDArray[Any]:
     """x as an aligned, native array of float32 or float64 with at least two axes; integers and bool become float64."""
+    if is_plain(x, FLOATS) and x.ndim >= 2:
+        return x
     x = unmasked(x, name)
     if x.dtype.kind != "f" or x.itemsize not in (4, 8):
         if x.dtype.kind not in "biu":
@@ -98,6 +100,15 @@ def data(x: ArrayLike, name: str = "x") -> NDArray[Any]:
     if x.ndim < 2:
         raise ValueError(f"{name} must have at least 2 dimensions (batch, channels, ...), got shape {x.shape}")
     return np.require(x, x.dtype.newbyteorder("="), "A")
+
+
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def is_plain(x: ArrayLike, dtypes: tuple[np.dtype[Any], ...]) -> TypeGuard[NDArray[Any]]:
+    """Whether the checks below would return x as it is; they take 10 us of a call, and 40 where the data has just swept
+    the caches."""
+    return type(x) is np.ndarray and x.dtype in dtypes and x.flags.aligned
 
 
 def unmasked(x: ArrayLike, name: str) -> NDArray[Any]:
@@ -130,6 +141,8 @@ def per_channel(values: ArrayLike | None, name: str, channels: int, dtype: Any) 
     """gamma or beta as a contiguous, aligned (channels,) array; None stays None."""
     if values is None:
         return None
+    if is_plain(values, (dtype,)) and values.shape == (channels,) and values.flags.c_contiguous:
+        return values
     array = unmasked(values, name)
     if array.dtype.kind not in "biuf":
         raise TypeError(f"{name} must be real numbers, got dtype {array.dtype}")

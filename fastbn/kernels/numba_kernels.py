@@ -25,14 +25,15 @@ STRIP = 16             # columns a step: a literal, so that the strip is unrolle
 TILE = 512             # columns whose accumulators a task keeps on its stack (12 KiB of L1)
 LANES = STRIP          # accumulators a channel where the inner axis is swept: one strip
 SHORT_INNER = 32       # inner axes shorter than this are swept as columns
-INNER_TILE = 8         # channels a tile where the inner axis is swept: few, so that they stay in the cache (13 %)
+INNER_TILE = 8         # channels a tile where the inner axis is swept, at most
+INNER_TILE_SIZE = 1 << 17  # and elements a tile, so that it stays in the cache
 BLOCK_ROWS = 128       # wide rows a block; a block has one pivot
 BLOCK_INNER = 8192     # inner elements a channel a block
-PIVOT_ROWS = 4         # wide rows whose mean is the pivot
-PIVOT_INNER = 256      # the same along the inner axis
+PIVOT_SHARE = 32       # the pivot is the mean of a block's first values, one in so many
 MAX_CHUNKS = 64        # partial results a channel, at most; so also the threads that can share a column
 SERIAL_BYTES = 65536   # a thread's fair share: below it, waking the thread costs more than it saves
 STREAM_BYTES = 1 << 24  # outputs from here on bypass the caches
+COLUMNS_AHEAD = 128    # columns that the sums fetch ahead; 512 of rows that lie 4 KiB apart thrash L1
 AHEAD = 512            # elements that the elementwise passes fetch ahead
 PIECE = 128            # elements whose lines are fetched at once
 SERIAL_MERGES = 32768  # below so many partial results one thread merges them: starting the team takes longer
@@ -266,7 +267,8 @@ def ceil_div(a, b):
 def make_plan(outer, channels, inner):
     by_inner = inner >= SHORT_INNER
     repeat = LANES if by_inner else inner
-    n_tiles = ceil_div(channels, INNER_TILE if by_inner else TILE // repeat)
+    tile = max(1, min(INNER_TILE, INNER_TILE_SIZE // (outer * inner))) if by_inner else TILE // repeat
+    n_tiles = ceil_div(channels, tile)
     tile = ceil_div(channels, n_tiles)
     if not by_inner and n_tiles > 1:
         tile = min(ceil_div(tile, LANES) * LANES, TILE // repeat)
@@ -381,11 +383,18 @@ def sums_strip(
 
 
 @inline
+def coming(x, stride, n_rows, width, j, ahead):
+    """What lies `ahead` columns behind column j of these rows: there, or in the next n_rows rows."""
+    k = j + min(width, ahead)
+    return at(x, k if k < width else n_rows * stride + k - width)
+
+
+@inline
 def sums_group(x, stride, n_rows, width, pivot, s1, s2):
     done = width // STRIP * STRIP
     for j in range(0, done, STRIP):
-        for r in range(n_rows, 2 * n_rows):  # the next group's rows
-            prefetch(at(x, r * stride + j))
+        for r in range(n_rows):
+            prefetch(at(coming(x, stride, n_rows, width, j, COLUMNS_AHEAD), r * stride))
         # Of a literal width: with another, LLVM kept a pointer for each row, most of them on the stack (22 % longer).
         sums_strip(at(x, j), stride, n_rows, STRIP, at(pivot, j), at(s1, j), at(s2, j))
     sums_strip(at(x, done), stride, n_rows, width - done, at(pivot, done), at(s1, done), at(s2, done))
@@ -493,14 +502,17 @@ def moments_task(
     for index in range(chunk * plan.chunk, min((chunk + 1) * plan.chunk, plan.n_blocks)):
         block = block_at(plan, index)
         first = at(x, block.row * stride + c0 * plan.inner + block.start)
-        k_length = min(block.length, PIVOT_INNER)
-        k_rows = min(block.n_rows, ceil_div(PIVOT_INNER, k_length) if plan.by_inner else PIVOT_ROWS * plan.fold)
+        k = ceil_div(block.n_rows * block.length, PIVOT_SHARE)
+        k_length = min(block.length, k) if plan.by_inner else block.length
+        k_rows = ceil_div(k, k_length)
         for c in range(channels):
             mean_b[c] = first[c * plan.inner]
             s1[c] = 0
         weight = 0.0
         # The first rows about the first row give the pivot; all rows about the pivot give the sums.
         for n_rows, length in ((k_rows, k_length), (block.n_rows, block.length)):
+            if k == 1 and n_rows < block.n_rows:  # of 32 rows, the first is the pivot as it is
+                continue
             for c in range(channels):
                 mean_b[c] += s1[c] * weight
             spread(mean_b, channels, plan.repeat, plan.fold, pivot)
@@ -762,9 +774,9 @@ def grad_sums_strip(
 def grad_sums_group(dy, dy_stride, x, x_stride, n_rows, width, mean, coefs, relu, s1, s2):
     done = width // STRIP * STRIP
     for j in range(0, done, STRIP):
-        for r in range(n_rows, 2 * n_rows):
-            prefetch(at(dy, r * dy_stride + j))
-            prefetch(at(x, r * x_stride + j))
+        for r in range(n_rows):
+            prefetch(at(coming(dy, dy_stride, n_rows, width, j, COLUMNS_AHEAD // 2), r * dy_stride))
+            prefetch(at(coming(x, x_stride, n_rows, width, j, COLUMNS_AHEAD // 2), r * x_stride))
         grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, STRIP,
                         at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
     grad_sums_strip(at(dy, done), dy_stride, at(x, done), x_stride, n_rows, width - done,
@@ -1008,7 +1020,8 @@ class Part(NamedTuple):
 
 @helper
 def has_own_tiles(plan, n_workers):
-    return plan.n_tiles % n_workers == 0 and (plan.by_inner or plan.n_chunks == 1)
+    even = plan.n_tiles % n_workers == 0 or plan.n_tiles >= 8 * n_workers
+    return even and (plan.by_inner or plan.n_chunks == 1)
 
 
 @helper
@@ -1108,11 +1121,11 @@ JOBS = {
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Teams: a call is a few stages, each of a worker's address, its job's address, and 1 if it is worth a team, else 0.
-# Where tiles divide evenly and are not strips of many rows, a thread has its own and takes them one by one through all
-# the stages: nobody waits, there is one parallel region, and a tile that fits its cache is read from memory once
-# (32x256x14x14: forward 17 %, backward 23 %). Otherwise the threads share the tasks of all tiles, in a region for each
-# stage. Either way a thread gets the same tasks in both passes, in the second in reverse order. There is no barrier
-# inside a region: its threads may run one after the other.
+# Where tiles divide about evenly and are not strips of many rows, a thread has its own and takes them one by one
+# through all the stages: nobody waits, there is one parallel region, and a tile that fits its cache is read from memory
+# once (32x256x14x14: forward 17 %, backward 23 %). Otherwise the threads share the tasks of all tiles, in a region for
+# each stage. Either way a thread gets the same tasks in both passes, in the second in reverse order. There is no
+# barrier inside a region: its threads may run one after the other.
 # ---------------------------------------------------------------------------------------------------------------------
 
 @helper
