@@ -50,5 +50,5 @@ asv-check:  ## import the asv suite and check it
 
 dashboard:  ## measure the last eight commits, each in its own environment, and make the pages; then `asv preview`
 	$(PYTHON) -m asv machine --yes
-	git rev-list --max-count=8 HEAD | $(PYTHON) -m asv run --skip-existing-successful HASHFILE:-
+	git rev-list --first-parent --max-count=8 HEAD | $(PYTHON) -m asv run --skip-existing-successful HASHFILE:-
 	$(PYTHON) -m asv publish
