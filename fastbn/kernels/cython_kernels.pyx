@@ -34,7 +34,8 @@ cdef enum:
     BLOCK_ROWS = 128      # wide rows a block; a block has one pivot
     BLOCK_INNER = 8192    # inner elements a channel a block
     PIVOT_SHARE = 32      # the pivot is the mean of a block's first values, one in so many
-    COLUMNS_AHEAD = 128   # columns that the sums fetch ahead; 512 of rows that lie 4 KiB apart thrash L1 (10 to 20 %)
+    COLUMNS_AHEAD = 128   # columns that the sums fetch ahead (of two arrays half as many); of the rows further down,
+    # which they fetched before, those 4 KiB apart were too many for a set of L1: the backward took 10 to 20 % longer.
     AHEAD = 512           # elements that the elementwise passes fetch ahead: 10 to 25 % from 4 MB up
     MAX_CHUNKS = 64       # partial results a channel, at most; so also the threads that can share a column
     SERIAL_BYTES = 65536  # a thread's fair share: below it, waking the thread costs more than it saves
