@@ -32,6 +32,7 @@ LAYOUTS = {
     "torch channels_last": Layout((4, 7, 9, 20), view=lambda x: x.transpose(0, 3, 1, 2)),
     # a step between rows
     "every other row": Layout((4001, 20), view=lambda x: x[::2], rows=True),
+    "every other row of 77": Layout((4001, 77), view=lambda x: x[::2], rows=True),
     "rows reversed": Layout((2001, 20), view=lambda x: x[::-1], rows=True),
     "some columns": Layout((1201, 80), view=lambda x: x[:, 1:-2], rows=True),
     "one column": Layout((801, 9), view=lambda x: x[:, 4:5], rows=True),
@@ -60,6 +61,15 @@ LAYOUTS = {
     "broadcast rows": Layout((40, 6, 1), view=lambda x: np.broadcast_to(x, (40, 6, 9))),
 }
 LARGE = Layout((8300, 513))  # more blocks than chunks, and an output that bypasses the caches
+PAST_THE_CACHES = {  # so do those of all these
+    "8300x513": LARGE,
+    "56003x77": Layout((56_003, 77)),
+    "1400003x3": Layout((1_400_003, 3)),
+    "NCHW": Layout((11, 130, 57, 53)),
+    "inner 31": Layout((2001, 70, 31)),
+    "every other row": Layout((180_002, 48), view=lambda x: x[::2], rows=True),
+    "some columns": Layout((9001, 620), view=lambda x: x[:, 1:-2], rows=True),
+}
 
 
 class Drawn(NamedTuple):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from layouts import LARGE, LAYOUTS, Layout, draw, drawn
+from layouts import LARGE, LAYOUTS, PAST_THE_CACHES, Layout, draw, drawn
 from tolerances import assert_same_bits
 
 import fastbn
@@ -42,12 +42,28 @@ def test_any_number_of_threads_for_a_large_array(compiled):
     data = draw(LARGE, np.dtype(np.float32))
     expected = everything(*data, backend=compiled, num_threads=1)
     assert_all_the_same(everything(*data, backend=compiled, num_threads=3), expected)
-    y = np.array(data.x)  # in place: no longer past the caches
-    fastbn.batch_norm(y, data.gamma, data.beta, activation="relu", out=y, backend=compiled)
-    assert_same_bits(y, expected[0], "y in place")
     moved = [at_address(array, offset) for array, offset in zip(data[:4], (4, 20, 36, 60), strict=True)]
-    outs = [at_address(data.x, offset) for offset in (12, 28, 44)]
-    assert_all_the_same(everything(*moved, data.axis, backend=compiled, outs=outs), expected)
+    assert_all_the_same(everything(*moved, data.axis, backend=compiled), expected)
+
+
+@pytest.mark.parametrize("layout", PAST_THE_CACHES)
+def test_outputs_that_bypass_the_caches(compiled, dtype, layout):
+    """At any address; in place they do not bypass them."""
+    x, grad_y, gamma, beta, axis = draw(PAST_THE_CACHES[layout], dtype, frozen=False)
+    y, inferred, grad_x = (at_address(array, 8) for array in (x, x, grad_y))
+    assert y.nbytes >= 1 << 24
+    options = {"axis": axis, "activation": "relu", "backend": compiled}
+    _, saved = fastbn.batch_norm(x, gamma, beta, **options)
+    fastbn.batch_norm(y, gamma, beta, out=y, **options)
+    fastbn.batch_norm_inference(inferred, saved.mean, saved.var, gamma, beta, out=inferred, **options)
+    fastbn.batch_norm_backward(grad_x, saved, out=grad_x, backend=compiled)
+    for offset in (0, 8, 16, 56):
+        outs = [at_address(np.zeros_like(x), offset) for _ in range(3)]
+        fastbn.batch_norm(x, gamma, beta, out=outs[0], **options)
+        fastbn.batch_norm_inference(x, saved.mean, saved.var, gamma, beta, out=outs[1], **options)
+        fastbn.batch_norm_backward(grad_y, saved, out=outs[2], backend=compiled)
+        for name, actual, expected in zip(("y", "inferred", "grad_x"), outs, (y, inferred, grad_x), strict=True):
+            assert_same_bits(actual, expected, f"{name} at {offset}")
 
 
 WORK_FOR_64 = {  # 64 KiB for each thread, less than which none is woken for

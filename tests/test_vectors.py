@@ -14,8 +14,8 @@ pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or not shutil.which("objdump"), reason="needs x86-64 and objdump"
 )
 REGISTERS = {"baseline": "xmm", "avx2": "ymm", "avx512": "zmm"}
-KERNELS = ("sums_rows", "sums_run", "affine_rows", "grad_sums_rows", "grad_sums_run", "grad_affine_rows")
-GATED = ("affine_rows", "grad_sums_rows", "grad_affine_rows")  # with a ReLU, which compares
+KERNELS = ("sums_rows", "sums_run", "affine_runs", "grad_sums_rows", "grad_sums_run", "grad_affine_runs")
+GATED = ("affine_runs", "grad_sums_rows", "grad_affine_runs")  # with a ReLU, which compares
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,20 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 """The bare memory passes: loads, stores, and no more arithmetic than keeps the loads from being left out.
 
-The arrays are taken as 64-byte lines (what is over is left alone), in runs of PIECE lines dealt to the threads.
+The arrays are taken as 64-byte lines, those of the output where there is one, in runs of PIECE lines dealt to the
+threads; bytes before the first and behind the last are left to the calling thread.
 """
 from cython.parallel cimport prange
-from libc.stdint cimport uint64_t
-from libc.string cimport memcpy
+from libc.stdint cimport uint64_t, uintptr_t
 
 cdef extern from "machine.h" nogil:
     void prefetch(const void* address)
     void prefetch_write(const void* address)
-    void stream_copy(void* target, const void* source, size_t bytes)
+    void stream_line(void* target, const void* source)
     void stream_end()
 
 cdef enum:
     PIECE = 1024          # lines
-    GROUP = 32            # lines that go out together: 2 KiB
     AHEAD = 64            # lines
     STREAM_LINES = 1 << 18  # outputs of so many lines (16 MiB) bypass the caches, as the kernels' do
 
@@ -38,37 +37,37 @@ cdef uint64_t read_lines(const Line* x, Py_ssize_t n) noexcept nogil:
     return total
 
 
-cdef void put_lines(const Line* x, Line* out, Py_ssize_t n, bint stream) noexcept nogil:
-    cdef Py_ssize_t i
+cdef inline void put_line(Line* out, const Line* value, bint stream) noexcept nogil:
     if stream:
-        stream_copy(out, x, n * sizeof(Line))
+        stream_line(out, value)
     else:
-        for i in range(n):
-            prefetch_write(out + i + AHEAD)
-        memcpy(out, x, n * sizeof(Line))
+        prefetch_write(out + AHEAD)
+        out[0] = value[0]
 
 
 cdef void copy_lines(const Line* x, Line* out, Py_ssize_t n, bint stream) noexcept nogil:
-    cdef Py_ssize_t i, j
-    for i in range((n + GROUP - 1) // GROUP):
-        for j in range(GROUP):
-            prefetch(x + i * GROUP + j + AHEAD)
-        put_lines(x + i * GROUP, out + i * GROUP, min(GROUP, n - i * GROUP), stream)
+    cdef Py_ssize_t i
+    for i in range(n):
+        prefetch(x + i + AHEAD)
+        put_line(out + i, x + i, stream)
     stream_end()
 
 
 cdef void combine_lines(const Line* a, const Line* b, Line* out, Py_ssize_t n, bint stream) noexcept nogil:
-    cdef Line[GROUP] buffer
-    cdef Py_ssize_t i, j, k, at
-    for i in range((n + GROUP - 1) // GROUP):
-        for j in range(min(GROUP, n - i * GROUP)):
-            at = i * GROUP + j
-            prefetch(a + at + AHEAD)
-            prefetch(b + at + AHEAD)
-            for k in range(8):
-                buffer[j].words[k] = a[at].words[k] ^ b[at].words[k]
-        put_lines(buffer, out + i * GROUP, min(GROUP, n - i * GROUP), stream)
+    cdef Line value
+    cdef Py_ssize_t i, j
+    for i in range(n):
+        prefetch(a + i + AHEAD)
+        prefetch(b + i + AHEAD)
+        for j in range(8):
+            value.words[j] = a[i].words[j] ^ b[i].words[j]
+        put_line(out + i, &value, stream)
     stream_end()
+
+
+cdef Py_ssize_t before_line(const unsigned char[::1] out) noexcept:
+    """Bytes before the first whole line."""
+    return min(out.shape[0], <Py_ssize_t>(-<uintptr_t>&out[0] % sizeof(Line)))
 
 
 def read(const unsigned char[::1] x, int threads):
@@ -83,19 +82,23 @@ def read(const unsigned char[::1] x, int threads):
 
 def copy(const unsigned char[::1] x, unsigned char[::1] out, int threads):
     """Copy x to out."""
-    cdef Py_ssize_t piece, n = x.shape[0] // sizeof(Line)
-    cdef const Line* source = <const Line*>&x[0]
-    cdef Line* target = <Line*>&out[0]
+    cdef Py_ssize_t skip = before_line(out), piece, n = (x.shape[0] - skip) // sizeof(Line)
+    cdef const Line* source = <const Line*>(&x[0] + skip)
+    cdef Line* target = <Line*>(&out[0] + skip)
     for piece in prange((n + PIECE - 1) // PIECE, nogil=True, num_threads=threads, schedule="static"):
         copy_lines(source + piece * PIECE, target + piece * PIECE, min(PIECE, n - piece * PIECE), n >= STREAM_LINES)
+    out[:skip] = x[:skip]
+    out[skip + n * sizeof(Line):] = x[skip + n * sizeof(Line):]
 
 
 def combine(const unsigned char[::1] a, const unsigned char[::1] b, unsigned char[::1] out, int threads):
     """The exclusive or of a and b, to out."""
-    cdef Py_ssize_t piece, n = a.shape[0] // sizeof(Line)
-    cdef const Line* left = <const Line*>&a[0]
-    cdef const Line* right = <const Line*>&b[0]
-    cdef Line* target = <Line*>&out[0]
+    cdef Py_ssize_t i, skip = before_line(out), piece, n = (a.shape[0] - skip) // sizeof(Line)
+    cdef const Line* left = <const Line*>(&a[0] + skip)
+    cdef const Line* right = <const Line*>(&b[0] + skip)
+    cdef Line* target = <Line*>(&out[0] + skip)
     for piece in prange((n + PIECE - 1) // PIECE, nogil=True, num_threads=threads, schedule="static"):
         combine_lines(left + piece * PIECE, right + piece * PIECE, target + piece * PIECE,
                       min(PIECE, n - piece * PIECE), n >= STREAM_LINES)
+    for i in (*range(skip), *range(skip + n * sizeof(Line), a.shape[0])):
+        out[i] = a[i] ^ b[i]

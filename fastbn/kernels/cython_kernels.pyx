@@ -8,6 +8,7 @@ kernel its strip (the hot loop, of literal size), its rows and runs, its task (o
 not inline keeps the compiler from making copy after copy.
 """
 from libc.math cimport sqrt
+from libc.stdint cimport uintptr_t
 from libc.string cimport memcpy, memset
 
 cdef extern from "machine.h" nogil:
@@ -16,7 +17,7 @@ cdef extern from "machine.h" nogil:
     void team_barrier()
     void prefetch(const void* address)
     void prefetch_write(const void* address)
-    void stream_copy(void* target, const void* source, size_t bytes)
+    void stream_line(void* target, const void* source)
     void stream_end()
 
 ctypedef fused floating:
@@ -39,15 +40,19 @@ cdef enum:
     AHEAD = 512           # elements that the elementwise passes fetch ahead: 10 to 25 % from 4 MB up
     MAX_CHUNKS = 64       # partial results a channel, at most; so also the threads that can share a column
     SERIAL_BYTES = 65536  # a thread's fair share: below it, waking the thread costs more than it saves
+    NARROW = 32           # rows that lie apart and are narrower are first copied together
     STREAM_BYTES = 1 << 24  # outputs from here on bypass the caches
-    # Where a tile's coefficients lie in its one array, so that a strip takes one pointer for all of them:
+    LINE = 64             # bytes of a cache line; a strip is one, or two of float64
+    # Where a tile's coefficients lie in its one array, so that a strip takes one pointer for all of them. Behind those
+    # of a wide row lie those of the next one's first strip, so that a strip may run over the end of a row.
+    PITCH = TILE + STRIP
     CENTER = 0              # y = (x - center) * scale + offset
-    SCALE = TILE
-    OFFSET = 2 * TILE
-    FACTOR = 3 * TILE       # grad_x = factor * (((dy - shift) - rest) - (x - center) * slope)
-    SLOPE = 4 * TILE
-    SHIFT = 5 * TILE
-    REST = 6 * TILE
+    SCALE = PITCH
+    OFFSET = 2 * PITCH
+    FACTOR = 3 * PITCH      # grad_x = factor * (((dy - shift) - rest) - (x - center) * slope)
+    SLOPE = 4 * PITCH
+    SHIFT = 5 * PITCH
+    REST = 6 * PITCH
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,6 +224,8 @@ cdef inline const floating* coming(
 ) noexcept nogil:
     """What lies `ahead` columns behind column j of these rows: there, or in the next n_rows rows."""
     cdef Py_ssize_t k = j + min(width, ahead)
+    if stride == LANES:  # a channel's run; the next rows would be too near (32x64x56x56: moments 9 %)
+        return x + j + AHEAD
     return x + k if k < width else x + n_rows * stride + k - width
 
 
@@ -283,6 +290,15 @@ cdef void sums_run(
         sums_rows(x + n_rows * width, width, 1, length - n_rows * width, pivot, s1, s2)
 
 
+cdef void sums_apart(
+    const floating* x, Py_ssize_t stride, Py_ssize_t width, Py_ssize_t fold, const double* pivot, double* s1, double* s2,
+) noexcept nogil:
+    """ROWS wide rows, of `fold` rows each that lie apart: summed where they lie."""
+    cdef Py_ssize_t f
+    for f in range(fold):
+        sums_rows(x + f * stride, fold * stride, ROWS, width, pivot + f * width, s1 + f * width, s2 + f * width)
+
+
 cdef void sums_block(
     const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t length, Py_ssize_t channels,
     const Plan* plan, floating* buffer, const double* pivot, double* s1, double* s2,
@@ -303,7 +319,11 @@ cdef void sums_block(
         for i in range(ceil_div(n_rows, step)):
             r = i * step
             n = min(step, n_rows - r)
-            sums_run(gather(x + r * stride, stride, n, width, buffer), n * width, plan.fold * width, pivot, s1, s2)
+            if n == step and width >= NARROW:
+                sums_apart(x + r * stride, stride, width, plan.fold, pivot, s1, s2)
+            else:
+                sums_run(gather(x + r * stride, stride, n, width, buffer), n * width, plan.fold * width,
+                         pivot, s1, s2)
     fold_sums(s1, channels, plan.repeat, plan.fold)
     fold_sums(s2, channels, plan.repeat, plan.fold)
 
@@ -483,33 +503,81 @@ cdef void gradient_channels(
 cdef inline void spread_rows(
     const floating* rows,      # IN   (n, channels)
     Py_ssize_t n, const Plan* plan, Py_ssize_t c0, Py_ssize_t channels,
-    floating* wide,            # OUT  (n, TILE)
+    floating* wide,            # OUT  (n, PITCH)
 ) noexcept nogil:
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, j, width = channels * plan.repeat * plan.fold
     for i in range(n):
-        memcpy(wide + i * TILE, rows + i * plan.channels + c0, channels * sizeof(floating))
-        spread(wide + i * TILE, channels, plan.repeat, plan.fold)
+        memcpy(wide, rows + i * plan.channels + c0, channels * sizeof(floating))
+        spread(wide, channels, plan.repeat, plan.fold)
+        for j in range(STRIP):
+            wide[width + j] = wide[j]
+        wide += PITCH
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # affine: y = (x - center) * scale + offset, then the activation.
 # ---------------------------------------------------------------------------------------------------------------------
 
+cdef inline void put_strip(floating* y, const floating* strip, Py_ssize_t n_columns, bint stream) noexcept nogil:
+    """Store a strip; past the caches it must be whole, and y aligned to LINE."""
+    cdef Py_ssize_t j
+    if stream:
+        for j in range(n_columns * <Py_ssize_t>sizeof(floating) // LINE):
+            stream_line(<char*>y + j * LINE, <const char*>strip + j * LINE)
+    else:
+        for j in range(n_columns):
+            y[j] = strip[j]
+
+
+cdef inline Py_ssize_t before_line(const floating* y) noexcept nogil:
+    """How many elements lie before the first whole cache line."""
+    return <Py_ssize_t>(-<uintptr_t>y % LINE // sizeof(floating))
+
+
+cdef inline Py_ssize_t begin_stream(const floating* y, Py_ssize_t length, Py_ssize_t ahead) noexcept nogil:
+    """How many elements at y to store through the caches. The lines that hold the ends of a run are fetched, this
+    run's last and the first of one `ahead`: they are shared with other runs (4096x1024: 10 %, 128x256x14x14: 13 %)."""
+    if before_line(y + length):
+        prefetch_write(y + length)
+    if before_line(y):
+        prefetch_write(y + ahead)
+    return min(length, before_line(y))
+
+
+cdef inline bint is_whole_lines(const floating* y, Py_ssize_t stride) noexcept nogil:
+    """Whether all rows begin and end with a line. To store half of a narrow row past the caches costs more than none."""
+    return before_line(y) == 0 and before_line(y + stride) == 0
+
+
+cdef inline Py_ssize_t next_column(Py_ssize_t j, Py_ssize_t n_columns, Py_ssize_t width) noexcept nogil:
+    """The column n_columns behind column j in rows of `width` that lie one behind the other."""
+    j += n_columns
+    while j >= width:
+        j -= width
+    return j
+
+
+cdef inline Py_ssize_t strips_ahead(Py_ssize_t j, Py_ssize_t width, Py_ssize_t length) noexcept nogil:
+    """How many whole strips begin between column j and the end of its row, with `length` elements left."""
+    return min(ceil_div(width - j, STRIP), length // STRIP)
+
+
 cdef inline void affine_strip(
     const floating* x,         # IN   (n_columns,)
     Py_ssize_t n_columns,
     const floating* coefs,     # IN   at CENTER, SCALE, OFFSET
+    Py_ssize_t each,           # IN   1: every column has its coefficients, 0: one channel's hold for all
     bint relu,
+    bint stream,
     floating* y,               # OUT  may be x: the strip is read before it is written
 ) noexcept nogil:
     cdef floating strip[STRIP]
     cdef floating value
     cdef Py_ssize_t j
     for j in range(n_columns):
-        value = (x[j] - coefs[CENTER + j]) * coefs[SCALE + j] + coefs[OFFSET + j]
+        value = (x[j] - coefs[CENTER + j * each]) * coefs[SCALE + j * each] + coefs[OFFSET + j * each]
         strip[j] = 0 if relu and value <= 0 else value
-    for j in range(n_columns):
-        y[j] = strip[j]
+    put_strip(y, strip, n_columns, stream)
 
 
 cdef inline Py_ssize_t lead(Py_ssize_t stride, Py_ssize_t width) noexcept nogil:
@@ -517,58 +585,68 @@ cdef inline Py_ssize_t lead(Py_ssize_t stride, Py_ssize_t width) noexcept nogil:
     return AHEAD if stride == width else stride * max(1, AHEAD // width)
 
 
-cdef inline void affine_rows_as(
-    const floating* x, Py_ssize_t x_ahead, Py_ssize_t length, Py_ssize_t width, const floating* coefs, bint relu,
-    floating* y, Py_ssize_t y_ahead,
+cdef inline void affine_strips(
+    const floating* x, Py_ssize_t x_ahead, Py_ssize_t n_strips, const floating* coefs, Py_ssize_t each,
+    bint relu, bint stream, floating* y, Py_ssize_t y_ahead,
 ) noexcept nogil:
-    cdef Py_ssize_t row, i, j, n
-    if width == STRIP:  # one channel's lanes: the coefficients stay in registers
-        n = length // STRIP * STRIP
-        for row in range(length // STRIP):
-            prefetch(x + row * STRIP + x_ahead)
-            prefetch_write(y + row * STRIP + y_ahead)
-            affine_strip(x + row * STRIP, STRIP, coefs, relu, y + row * STRIP)
-        affine_strip(x + n, length - n, coefs, relu, y + n)
-        return
-    i = 0
-    while i < length:
-        n = min(width, length - i)
-        j = 0
-        while j + STRIP <= n:
-            prefetch(x + i + j + x_ahead)
-            prefetch_write(y + i + j + y_ahead)
-            affine_strip(x + i + j, STRIP, coefs + j, relu, y + i + j)
-            j += STRIP
-        affine_strip(x + i + j, n - j, coefs + j, relu, y + i + j)
-        i += n
+    cdef Py_ssize_t _strip
+    for _strip in range(n_strips):
+        prefetch(x + x_ahead)
+        if not stream:
+            prefetch_write(y + y_ahead)
+        affine_strip(x, STRIP, coefs, each, relu, stream, y)
+        x += STRIP
+        y += STRIP
+        coefs += each * STRIP
 
 
-cdef void affine_rows(
-    const floating* x, Py_ssize_t x_ahead, Py_ssize_t length, Py_ssize_t width, const floating* coefs, bint relu,
-    floating* y, Py_ssize_t y_ahead,
+cdef inline void affine_runs_as(
+    const floating* x, Py_ssize_t stride, Py_ssize_t x_ahead, Py_ssize_t n_runs, Py_ssize_t length, Py_ssize_t width,
+    const floating* coefs, Py_ssize_t each, bint relu, bint stream,
+    floating* y, Py_ssize_t y_stride, Py_ssize_t y_ahead,
 ) noexcept nogil:
+    cdef Py_ssize_t i, j, n, _run
+    for _run in range(n_runs):
+        i = j = 0
+        if stream:
+            i = begin_stream(y, length, each * y_ahead)
+            affine_strip(x, i, coefs, each, relu, False, y)
+            j = next_column(0, i, width)
+        while i + STRIP <= length:
+            n = strips_ahead(j, width, length - i)
+            if stream:
+                affine_strips(x + i, x_ahead, n, coefs + each * j, each, relu, True, y + i, y_ahead)
+            else:
+                affine_strips(x + i, x_ahead, n, coefs + each * j, each, relu, False, y + i, y_ahead)
+            i += n * STRIP
+            j = next_column(j, n * STRIP, width)
+        affine_strip(x + i, length - i, coefs + each * j, each, relu, False, y + i)
+        x += stride
+        y += y_stride
+
+
+cdef void affine_runs(
+    const floating* x, Py_ssize_t stride, Py_ssize_t x_ahead, Py_ssize_t n_runs, Py_ssize_t length, Py_ssize_t width,
+    const floating* coefs, Py_ssize_t each, bint relu, bint stream,
+    floating* y, Py_ssize_t y_stride, Py_ssize_t y_ahead,
+) noexcept nogil:
+    """Runs that lie `stride` apart, each of them contiguous, as rows of `width`, the last of them perhaps shorter."""
     # A literal in each branch: a flag tested inside the strip would keep it from being vectorised.
-    if relu:
-        affine_rows_as(x, x_ahead, length, width, coefs, True, y, y_ahead)
+    if relu and each:
+        affine_runs_as(x, stride, x_ahead, n_runs, length, width, coefs, 1, True, stream, y, y_stride, y_ahead)
+    elif relu:
+        affine_runs_as(x, stride, x_ahead, n_runs, length, width, coefs, 0, True, stream, y, y_stride, y_ahead)
+    elif each:
+        affine_runs_as(x, stride, x_ahead, n_runs, length, width, coefs, 1, False, stream, y, y_stride, y_ahead)
     else:
-        affine_rows_as(x, x_ahead, length, width, coefs, False, y, y_ahead)
+        affine_runs_as(x, stride, x_ahead, n_runs, length, width, coefs, 0, False, stream, y, y_stride, y_ahead)
 
 
 cdef inline void affine_run(
-    const floating* x, Py_ssize_t x_ahead, Py_ssize_t length, Py_ssize_t width, const floating* coefs, bint relu,
-    bint stream, floating* buffer, floating* y, Py_ssize_t y_ahead,
+    const floating* x, Py_ssize_t x_ahead, Py_ssize_t length, Py_ssize_t width, const floating* coefs, Py_ssize_t each,
+    bint relu, bint stream, floating* y,
 ) noexcept nogil:
-    """A contiguous run as rows of `width`, the last of them perhaps shorter."""
-    cdef Py_ssize_t n, step, i = 0
-    if not stream:
-        affine_rows(x, x_ahead, length, width, coefs, relu, y, y_ahead)
-        return
-    step = ROWS * TILE // width * width
-    while i < length:
-        n = min(step, length - i)
-        affine_rows(x + i, x_ahead, n, width, coefs, relu, buffer, 0)
-        stream_copy(y + i, buffer, n * sizeof(floating))
-        i += n
+    affine_runs(x, 0, x_ahead, 1, length, width, coefs, each, relu, stream, y, 0, AHEAD)
 
 
 cdef void affine_task(
@@ -577,14 +655,14 @@ cdef void affine_task(
     bint relu, bint stream,
     floating* y, Py_ssize_t y_stride,
 ) noexcept nogil:
-    cdef floating coefs[3 * TILE]
-    cdef floating buffer[ROWS * TILE]
+    cdef floating coefs[3 * PITCH]
     cdef floating x_buffer[ROWS * TILE]
     cdef Py_ssize_t c0 = tile * plan.tile
     cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
     cdef Py_ssize_t width = channels * plan.repeat, step = ROWS * plan.fold
     cdef Py_ssize_t x_ahead = lead(stride, width), y_ahead = lead(y_stride, width)
     cdef Py_ssize_t index, r, c, i, n
+    cdef bint stream_rows = stream and (plan.fold == 1 or is_whole_lines(y, y_stride))
     cdef Block block
     spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
     x += c0 * plan.inner
@@ -596,22 +674,21 @@ cdef void affine_task(
             for r in range(block.row, block.row + block.n_rows):
                 for c in range(channels):
                     i = c * plan.inner + block.start
-                    affine_run(x + r * stride + i, AHEAD, block.length, LANES, coefs + c * LANES, relu,
-                               stream, buffer, y + r * y_stride + i, AHEAD)
+                    affine_run(x + r * stride + i, AHEAD, block.length, block.length, coefs + c * LANES, 0,
+                               relu, stream, y + r * y_stride + i)
         elif stride == width and y_stride == width:
             i = block.row * width
-            affine_run(x + i, AHEAD, block.n_rows * width, plan.fold * width, coefs, relu,
-                       stream, buffer, y + i, AHEAD)
-        elif plan.fold > 1 and y_stride == width:  # row by row they took twice as long
+            affine_run(x + i, AHEAD, block.n_rows * width, plan.fold * width, coefs, 1,
+                       relu, stream, y + i)
+        elif width < NARROW and y_stride == width:
             for i in range(ceil_div(block.n_rows, step)):
                 r = block.row + i * step
                 n = min(step, block.row + block.n_rows - r)
                 affine_run(gather(x + r * stride, stride, n, width, x_buffer), 0, n * width, plan.fold * width,
-                           coefs, relu, stream, buffer, y + r * width, AHEAD)
+                           coefs, 1, relu, stream, y + r * width)
         else:
-            for r in range(block.row, block.row + block.n_rows):
-                affine_run(x + r * stride, x_ahead, width, width, coefs, relu,
-                           stream, buffer, y + r * y_stride, y_ahead)
+            affine_runs(x + block.row * stride, stride, x_ahead, block.n_rows, width, width, coefs, 1,
+                        relu, stream_rows, y + block.row * y_stride, y_stride, y_ahead)
     if stream:
         stream_end()
 
@@ -735,6 +812,18 @@ cdef void grad_sums_run(
         grad_sums_rows(dy + done, width, x + done, width, 1, length - done, mean, coefs, relu, s1, s2)
 
 
+cdef void grad_sums_apart(
+    const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, Py_ssize_t width,
+    Py_ssize_t fold, const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
+) noexcept nogil:
+    """ROWS wide rows, of `fold` rows each that lie apart: summed where they lie."""
+    cdef Py_ssize_t f, j
+    for f in range(fold):
+        j = f * width
+        grad_sums_rows(dy + f * dy_stride, fold * dy_stride, x + f * x_stride, fold * x_stride, ROWS, width,
+                       mean + j, coefs + j, relu, s1 + j, s2 + j)
+
+
 cdef void grad_moments_task(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
     const Plan* plan, Py_ssize_t chunk, Py_ssize_t tile,
@@ -746,8 +835,8 @@ cdef void grad_moments_task(
 ) noexcept nogil:
     cdef floating dy_buffer[ROWS * TILE]
     cdef floating x_buffer[ROWS * TILE]
-    cdef floating coefs[3 * TILE]
-    cdef double mean[TILE]
+    cdef floating coefs[3 * PITCH]
+    cdef double mean[PITCH]
     cdef double s1[TILE]
     cdef double s2[TILE]
     cdef Py_ssize_t c0 = tile * plan.tile
@@ -785,9 +874,13 @@ cdef void grad_moments_task(
             for i in range(ceil_div(block.n_rows, step)):
                 r = block.row + i * step
                 n = min(step, last - r)
-                grad_sums_run(gather(dy + r * dy_stride, dy_stride, n, width, dy_buffer),
-                              gather(x + r * x_stride, x_stride, n, width, x_buffer),
-                              n * width, wide, mean, coefs, relu, s1, s2)
+                if n == step and width >= NARROW:
+                    grad_sums_apart(dy + r * dy_stride, dy_stride, x + r * x_stride, x_stride, width, plan.fold,
+                                    mean, coefs, relu, s1, s2)
+                else:
+                    grad_sums_run(gather(dy + r * dy_stride, dy_stride, n, width, dy_buffer),
+                                  gather(x + r * x_stride, x_stride, n, width, x_buffer),
+                                  n * width, wide, mean, coefs, relu, s1, s2)
         fold_sums(s1, channels, plan.repeat, plan.fold)
         fold_sums(s2, channels, plan.repeat, plan.fold)
         for c in range(channels):
@@ -813,81 +906,112 @@ cdef inline void grad_affine_strip(
     const floating* x,         # IN   (n_columns,)
     Py_ssize_t n_columns,
     const floating* coefs,     # IN   at CENTER, SCALE, OFFSET, FACTOR, SLOPE, SHIFT, REST
+    Py_ssize_t each,           # IN   1: every column has its coefficients, 0: one channel's hold for all
     bint relu,
     bint training,
+    bint stream,
     floating* grad_x,          # OUT  may be dy: the strip is read before it is written
 ) noexcept nogil:
     cdef floating strip[STRIP]
     cdef floating g
-    cdef Py_ssize_t j
+    cdef Py_ssize_t i, j
     for j in range(n_columns):
-        g = gate(dy[j], x[j], coefs + j, relu)
+        i = j * each
+        g = gate(dy[j], x[j], coefs + i, relu)
         if training:
-            g = ((g - coefs[SHIFT + j]) - coefs[REST + j]) - (x[j] - coefs[CENTER + j]) * coefs[SLOPE + j]
-        strip[j] = coefs[FACTOR + j] * g
-    for j in range(n_columns):
-        grad_x[j] = strip[j]
+            g = ((g - coefs[SHIFT + i]) - coefs[REST + i]) - (x[j] - coefs[CENTER + i]) * coefs[SLOPE + i]
+        strip[j] = coefs[FACTOR + i] * g
+    put_strip(grad_x, strip, n_columns, stream)
 
 
-cdef inline void grad_affine_rows_as(
-    const floating* dy, Py_ssize_t dy_ahead, const floating* x, Py_ssize_t x_ahead, Py_ssize_t length,
-    Py_ssize_t width, const floating* coefs, bint relu, bint training, floating* grad_x, Py_ssize_t grad_x_ahead,
+cdef inline void grad_affine_strips(
+    const floating* dy, Py_ssize_t dy_ahead, const floating* x, Py_ssize_t x_ahead, Py_ssize_t n_strips,
+    const floating* coefs, Py_ssize_t each, bint relu, bint training, bint stream,
+    floating* grad_x, Py_ssize_t grad_x_ahead,
 ) noexcept nogil:
-    cdef Py_ssize_t row, i, j, n
-    if width == STRIP:
-        n = length // STRIP * STRIP
-        for row in range(length // STRIP):
-            i = row * STRIP
-            prefetch(dy + i + dy_ahead)
-            prefetch(x + i + x_ahead)
-            prefetch_write(grad_x + i + grad_x_ahead)
-            grad_affine_strip(dy + i, x + i, STRIP, coefs, relu, training, grad_x + i)
-        grad_affine_strip(dy + n, x + n, length - n, coefs, relu, training, grad_x + n)
-        return
-    i = 0
-    while i < length:
-        n = min(width, length - i)
-        j = 0
-        while j + STRIP <= n:
-            prefetch(dy + i + j + dy_ahead)
-            prefetch(x + i + j + x_ahead)
-            prefetch_write(grad_x + i + j + grad_x_ahead)
-            grad_affine_strip(dy + i + j, x + i + j, STRIP, coefs + j, relu, training, grad_x + i + j)
-            j += STRIP
-        grad_affine_strip(dy + i + j, x + i + j, n - j, coefs + j, relu, training, grad_x + i + j)
-        i += n
+    cdef Py_ssize_t _strip
+    for _strip in range(n_strips):
+        prefetch(dy + dy_ahead)
+        prefetch(x + x_ahead)
+        if not stream:
+            prefetch_write(grad_x + grad_x_ahead)
+        grad_affine_strip(dy, x, STRIP, coefs, each, relu, training, stream, grad_x)
+        dy += STRIP
+        x += STRIP
+        grad_x += STRIP
+        coefs += each * STRIP
 
 
-cdef void grad_affine_rows(
-    const floating* dy, Py_ssize_t dy_ahead, const floating* x, Py_ssize_t x_ahead, Py_ssize_t length,
-    Py_ssize_t width, const floating* coefs, bint relu, bint training, floating* grad_x, Py_ssize_t grad_x_ahead,
+cdef inline void grad_affine_runs_as(
+    const floating* dy, Py_ssize_t dy_stride, Py_ssize_t dy_ahead,
+    const floating* x, Py_ssize_t x_stride, Py_ssize_t x_ahead, Py_ssize_t n_runs, Py_ssize_t length, Py_ssize_t width,
+    const floating* coefs, Py_ssize_t each, bint relu, bint training, bint stream,
+    floating* grad_x, Py_ssize_t grad_x_stride, Py_ssize_t grad_x_ahead,
+) noexcept nogil:
+    cdef Py_ssize_t i, j, n, _run
+    for _run in range(n_runs):
+        i = j = 0
+        if stream:
+            i = begin_stream(grad_x, length, each * grad_x_ahead)
+            grad_affine_strip(dy, x, i, coefs, each, relu, training, False, grad_x)
+            j = next_column(0, i, width)
+        while i + STRIP <= length:
+            n = strips_ahead(j, width, length - i)
+            if stream:
+                grad_affine_strips(dy + i, dy_ahead, x + i, x_ahead, n, coefs + each * j, each, relu, training, True,
+                                   grad_x + i, grad_x_ahead)
+            else:
+                grad_affine_strips(dy + i, dy_ahead, x + i, x_ahead, n, coefs + each * j, each, relu, training, False,
+                                   grad_x + i, grad_x_ahead)
+            i += n * STRIP
+            j = next_column(j, n * STRIP, width)
+        grad_affine_strip(dy + i, x + i, length - i, coefs + each * j, each, relu, training, False, grad_x + i)
+        dy += dy_stride
+        x += x_stride
+        grad_x += grad_x_stride
+
+
+cdef inline void grad_affine_runs_each(
+    const floating* dy, Py_ssize_t dy_stride, Py_ssize_t dy_ahead,
+    const floating* x, Py_ssize_t x_stride, Py_ssize_t x_ahead, Py_ssize_t n_runs, Py_ssize_t length, Py_ssize_t width,
+    const floating* coefs, Py_ssize_t each, bint relu, bint training, bint stream,
+    floating* grad_x, Py_ssize_t grad_x_stride, Py_ssize_t grad_x_ahead,
 ) noexcept nogil:
     if relu and training:
-        grad_affine_rows_as(dy, dy_ahead, x, x_ahead, length, width, coefs, True, True, grad_x, grad_x_ahead)
+        grad_affine_runs_as(dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_runs, length, width, coefs, each,
+                            True, True, stream, grad_x, grad_x_stride, grad_x_ahead)
     elif relu:
-        grad_affine_rows_as(dy, dy_ahead, x, x_ahead, length, width, coefs, True, False, grad_x, grad_x_ahead)
+        grad_affine_runs_as(dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_runs, length, width, coefs, each,
+                            True, False, stream, grad_x, grad_x_stride, grad_x_ahead)
     elif training:
-        grad_affine_rows_as(dy, dy_ahead, x, x_ahead, length, width, coefs, False, True, grad_x, grad_x_ahead)
+        grad_affine_runs_as(dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_runs, length, width, coefs, each,
+                            False, True, stream, grad_x, grad_x_stride, grad_x_ahead)
     else:
-        grad_affine_rows_as(dy, dy_ahead, x, x_ahead, length, width, coefs, False, False, grad_x, grad_x_ahead)
+        grad_affine_runs_as(dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_runs, length, width, coefs, each,
+                            False, False, stream, grad_x, grad_x_stride, grad_x_ahead)
+
+
+cdef void grad_affine_runs(
+    const floating* dy, Py_ssize_t dy_stride, Py_ssize_t dy_ahead,
+    const floating* x, Py_ssize_t x_stride, Py_ssize_t x_ahead, Py_ssize_t n_runs, Py_ssize_t length, Py_ssize_t width,
+    const floating* coefs, Py_ssize_t each, bint relu, bint training, bint stream,
+    floating* grad_x, Py_ssize_t grad_x_stride, Py_ssize_t grad_x_ahead,
+) noexcept nogil:
+    """Runs that lie apart, each of them contiguous, as rows of `width`, the last of them perhaps shorter."""
+    if each:
+        grad_affine_runs_each(dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_runs, length, width, coefs, 1,
+                              relu, training, stream, grad_x, grad_x_stride, grad_x_ahead)
+    else:
+        grad_affine_runs_each(dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_runs, length, width, coefs, 0,
+                              relu, training, stream, grad_x, grad_x_stride, grad_x_ahead)
 
 
 cdef inline void grad_affine_run(
     const floating* dy, Py_ssize_t dy_ahead, const floating* x, Py_ssize_t x_ahead, Py_ssize_t length,
-    Py_ssize_t width, const floating* coefs, bint relu, bint training, bint stream, floating* buffer,
-    floating* grad_x, Py_ssize_t grad_x_ahead,
+    Py_ssize_t width, const floating* coefs, Py_ssize_t each, bint relu, bint training, bint stream, floating* grad_x,
 ) noexcept nogil:
-    """A contiguous run as rows of `width`, the last of them perhaps shorter."""
-    cdef Py_ssize_t n, step, i = 0
-    if not stream:
-        grad_affine_rows(dy, dy_ahead, x, x_ahead, length, width, coefs, relu, training, grad_x, grad_x_ahead)
-        return
-    step = ROWS * TILE // width * width
-    while i < length:
-        n = min(step, length - i)
-        grad_affine_rows(dy + i, dy_ahead, x + i, x_ahead, n, width, coefs, relu, training, buffer, 0)
-        stream_copy(grad_x + i, buffer, n * sizeof(floating))
-        i += n
+    grad_affine_runs(dy, 0, dy_ahead, x, 0, x_ahead, 1, length, width, coefs, each, relu, training, stream,
+                     grad_x, 0, AHEAD)
 
 
 cdef void grad_affine_task(
@@ -898,8 +1022,7 @@ cdef void grad_affine_task(
     bint relu, bint training, bint stream,
     floating* grad_x, Py_ssize_t grad_x_stride,
 ) noexcept nogil:
-    cdef floating coefs[7 * TILE]
-    cdef floating buffer[ROWS * TILE]
+    cdef floating coefs[7 * PITCH]
     cdef floating dy_buffer[ROWS * TILE]
     cdef floating x_buffer[ROWS * TILE]
     cdef Py_ssize_t c0 = tile * plan.tile
@@ -908,6 +1031,7 @@ cdef void grad_affine_task(
     cdef Py_ssize_t dy_ahead = lead(dy_stride, width), x_ahead = lead(x_stride, width)
     cdef Py_ssize_t grad_x_ahead = lead(grad_x_stride, width)
     cdef Py_ssize_t index, r, c, i, n
+    cdef bint stream_rows = stream and (plan.fold == 1 or is_whole_lines(grad_x, grad_x_stride))
     cdef Block block
     spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
     spread_rows(linear, 4, plan, c0, channels, coefs + FACTOR)
@@ -920,24 +1044,24 @@ cdef void grad_affine_task(
             for r in range(block.row, block.row + block.n_rows):
                 for c in range(channels):
                     i = c * plan.inner + block.start
-                    grad_affine_run(dy + r * dy_stride + i, AHEAD, x + r * x_stride + i, AHEAD, block.length, LANES,
-                                    coefs + c * LANES, relu, training, stream, buffer,
-                                    grad_x + r * grad_x_stride + i, AHEAD)
+                    grad_affine_run(dy + r * dy_stride + i, AHEAD, x + r * x_stride + i, AHEAD, block.length, block.length,
+                                    coefs + c * LANES, 0, relu, training, stream,
+                                    grad_x + r * grad_x_stride + i)
         elif dy_stride == width and x_stride == width and grad_x_stride == width:
             i = block.row * width
-            grad_affine_run(dy + i, AHEAD, x + i, AHEAD, block.n_rows * width, plan.fold * width, coefs, relu,
-                            training, stream, buffer, grad_x + i, AHEAD)
-        elif plan.fold > 1 and grad_x_stride == width:
+            grad_affine_run(dy + i, AHEAD, x + i, AHEAD, block.n_rows * width, plan.fold * width, coefs, 1, relu,
+                            training, stream, grad_x + i)
+        elif width < NARROW and grad_x_stride == width:
             for i in range(ceil_div(block.n_rows, step)):
                 r = block.row + i * step
                 n = min(step, block.row + block.n_rows - r)
                 grad_affine_run(gather(dy + r * dy_stride, dy_stride, n, width, dy_buffer), 0,
                                 gather(x + r * x_stride, x_stride, n, width, x_buffer), 0, n * width,
-                                plan.fold * width, coefs, relu, training, stream, buffer, grad_x + r * width, AHEAD)
+                                plan.fold * width, coefs, 1, relu, training, stream, grad_x + r * width)
         else:
-            for r in range(block.row, block.row + block.n_rows):
-                grad_affine_run(dy + r * dy_stride, dy_ahead, x + r * x_stride, x_ahead, width, width, coefs,
-                                relu, training, stream, buffer, grad_x + r * grad_x_stride, grad_x_ahead)
+            grad_affine_runs(dy + block.row * dy_stride, dy_stride, dy_ahead, x + block.row * x_stride, x_stride,
+                             x_ahead, block.n_rows, width, width, coefs, 1, relu, training, stream_rows,
+                             grad_x + block.row * grad_x_stride, grad_x_stride, grad_x_ahead)
     if stream:
         stream_end()
 

@@ -77,31 +77,19 @@ static inline void prefetch_write(const void *address) {
 #endif
 }
 
-/* memcpy past the caches: whole cache lines go out by non-temporal stores, ragged ends by memcpy. */
-static inline void stream_copy(void *target, const void *source, size_t bytes) {
-    char *out = (char *)target;
-    const char *in = (const char *)source;
-#if defined(__SSE2__)
-    size_t head = (size_t)(-(uintptr_t)out & 63);
-    if (head > bytes)
-        head = bytes;
-    memcpy(out, in, head);
-    out += head;
-    in += head;
-    bytes -= head;
-    for (; bytes >= 64; bytes -= 64, out += 64, in += 64) {
+/* Copies the 64 bytes of a cache line past the caches to target, which is aligned to them. */
+static inline void stream_line(void *target, const void *source) {
 #if defined(__AVX512F__)
-        _mm512_stream_si512((void *)out, _mm512_loadu_si512((const void *)in));
+    _mm512_stream_si512((void *)target, _mm512_loadu_si512(source));
 #elif defined(__AVX__)
-        _mm256_stream_si256((__m256i *)out, _mm256_loadu_si256((const __m256i *)in));
-        _mm256_stream_si256((__m256i *)(out + 32), _mm256_loadu_si256((const __m256i *)(in + 32)));
+    for (int part = 0; part < 2; part++)
+        _mm256_stream_si256((__m256i *)target + part, _mm256_loadu_si256((const __m256i *)source + part));
+#elif defined(__SSE2__)
+    for (int part = 0; part < 4; part++)
+        _mm_stream_si128((__m128i *)target + part, _mm_loadu_si128((const __m128i *)source + part));
 #else
-        for (int part = 0; part < 64; part += 16)
-            _mm_stream_si128((__m128i *)(out + part), _mm_loadu_si128((const __m128i *)(in + part)));
+    memcpy(target, source, 64);
 #endif
-    }
-#endif
-    memcpy(out, in, bytes);
 }
 
 /* Orders non-temporal stores before what follows; a thread calls it once, after its last one. */
