@@ -291,7 +291,8 @@ cdef void sums_run(
 
 
 cdef void sums_apart(
-    const floating* x, Py_ssize_t stride, Py_ssize_t width, Py_ssize_t fold, const double* pivot, double* s1, double* s2,
+    const floating* x, Py_ssize_t stride, Py_ssize_t width, Py_ssize_t fold,
+    const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     """ROWS wide rows, of `fold` rows each that lie apart: summed where they lie."""
     cdef Py_ssize_t f
@@ -1050,8 +1051,8 @@ cdef void grad_affine_task(
             for r in range(block.row, block.row + block.n_rows):
                 for c in range(channels):
                     i = c * plan.inner + block.start
-                    grad_affine_run(dy + r * dy_stride + i, AHEAD, x + r * x_stride + i, AHEAD, block.length, block.length,
-                                    coefs + c * LANES, 0, relu, training, stream,
+                    grad_affine_run(dy + r * dy_stride + i, AHEAD, x + r * x_stride + i, AHEAD,
+                                    block.length, block.length, coefs + c * LANES, 0, relu, training, stream,
                                     grad_x + r * grad_x_stride + i)
         elif dy_stride == width and x_stride == width and grad_x_stride == width:
             i = block.row * width
