@@ -35,7 +35,7 @@ SERIAL_BYTES = 65536   # a thread's fair share: below it, waking the thread cost
 STREAM_BYTES = 1 << 24  # outputs from here on bypass the caches
 COLUMNS_AHEAD = 128    # columns that the sums fetch ahead, or half so many of each of two arrays
 AHEAD = 512            # elements that the elementwise passes fetch ahead
-PIECE = 128            # elements whose lines are fetched at once
+PIECE = 64             # elements whose lines are fetched at once
 SERIAL_MERGES = 32768  # below so many partial results one thread merges them: starting the team takes longer
 LINE = 64              # bytes of a cache line
 BUFFER = ROWS * TILE   # elements of a task's buffers
@@ -417,10 +417,7 @@ def sums_rows(x, stride, n_rows, width, rest, pivot, s1, s2):
     """n_rows rows, and the first `rest` columns of one more."""
     restrict()
     wide_vectors()
-    if width == LANES and stride == LANES:  # literals: runs of 196 take two thirds of the time
-        sums_rows_as(x, LANES, n_rows, LANES, pivot, s1, s2)
-    else:
-        sums_rows_as(x, stride, n_rows, width, pivot, s1, s2)
+    sums_rows_as(x, stride, n_rows, width, pivot, s1, s2)
     sums_strip(at(x, n_rows * stride), stride, 1, rest, pivot, s1, s2)
 
 
@@ -428,6 +425,16 @@ def sums_rows(x, stride, n_rows, width, rest, pivot, s1, s2):
 def sums_run(x, length, width, pivot, s1, s2):
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     sums_rows(x, width, length // width, width, length % width, pivot, s1, s2)
+
+
+@sums_helper
+def sums_lanes(x, length, pivot, s1, s2):
+    """The same as rows of LANES: by a literal, runs of 196 take two thirds of the time."""
+    restrict()
+    wide_vectors()
+    n_rows = length // LANES
+    sums_rows_as(x, LANES, n_rows, LANES, pivot, s1, s2)
+    sums_strip(at(x, n_rows * LANES), LANES, 1, length - n_rows * LANES, pivot, s1, s2)
 
 
 @inline
@@ -439,8 +446,8 @@ def sums_block(x, stride, n_rows, length, channels, plan, buffer, pivot, s1, s2)
     if plan.by_inner:
         for r in range(n_rows):
             for c in range(channels):
-                n = c * plan.repeat
-                sums_run(at(x, r * stride + c * plan.inner), length, plan.repeat, at(pivot, n), at(s1, n), at(s2, n))
+                n = c * LANES
+                sums_lanes(at(x, r * stride + c * plan.inner), length, at(pivot, n), at(s1, n), at(s2, n))
     elif plan.fold == 1:
         sums_rows(x, stride, n_rows, width, width - width, pivot, s1, s2)
     elif stride == width:
@@ -653,40 +660,54 @@ def lead(plan, stride, width):
 
 
 @inline
-def affine_row(x, x_ahead, length, coefs, each, relu, y, y_ahead):
-    for j in range(0, length, PIECE):
-        n = min(PIECE, length - j)
-        for line in range(j, j + n, LINE // 4):
-            prefetch(at(x, line + x_ahead))
-            prefetch_write(at(y, line + y_ahead))
-        affine_strip(at(x, j), n, at(coefs, j * each), each, relu, at(y, j))
+def affine_piece(x, x_ahead, n, coefs, each, relu, y, y_ahead):
+    for line in range(0, n, LINE // 4):
+        prefetch(at(x, line + x_ahead))
+        prefetch_write(at(y, line + y_ahead))
+    affine_strip(x, n, coefs, each, relu, y)
+
+
+@inline
+def affine_rows_as(x, x_ahead, length, width, coefs, each, relu, y, y_ahead):
+    i = 0
+    while i < length:
+        n = min(width, length - i)
+        j = 0
+        while j + PIECE <= n:
+            affine_piece(at(x, i + j), x_ahead, PIECE, at(coefs, j * each), each, relu, at(y, i + j), y_ahead)
+            j += PIECE
+        affine_piece(at(x, i + j), x_ahead, n - j, at(coefs, j * each), each, relu, at(y, i + j), y_ahead)
+        i += n
 
 
 @helper
 def affine_rows(x, x_ahead, length, width, coefs, each, relu, y, y_ahead):
     restrict()
     wide_vectors()
-    for i in range(0, length, width):
-        n = min(width, length - i)
-        if each == 1:
-            affine_row(at(x, i), x_ahead, n, coefs, 1, relu, at(y, i), y_ahead)
-        else:
-            affine_row(at(x, i), x_ahead, n, coefs, 0, relu, at(y, i), y_ahead)
+    if each == 1:
+        affine_rows_as(x, x_ahead, length, width, coefs, 1, relu, y, y_ahead)
+    else:
+        affine_rows_as(x, x_ahead, length, width, coefs, 0, relu, y, y_ahead)
+
+
+@inline
+def affine_run(x, x_ahead, length, width, coefs, each, relu, route, buffer, y, y_ahead):
+    """A contiguous run as rows of `width`, the last of them perhaps shorter."""
+    if route == DIRECT:
+        affine_rows(x, x_ahead, length, width, coefs, each, relu, y, y_ahead)
+    else:
+        affine_run_buffered(x, x_ahead, length, width, coefs, each, relu, route, buffer, y)
 
 
 @helper
-def affine_run(x, x_ahead, length, width, coefs, each, relu, route, buffer, y, y_ahead):
-    """A contiguous run as rows of `width`, the last of them perhaps shorter."""
-    step = length
-    if route != DIRECT:
-        step = BUFFER // width * width
-        y_ahead = 0
-    for i in range(0, length, step):
+def affine_run_buffered(x, x_ahead, length, width, coefs, each, relu, route, buffer, y):
+    step = BUFFER // width * width
+    i = 0
+    while i < length:
         n = min(step, length - i)
-        target = at(y, i) if route == DIRECT else buffer
-        affine_rows(at(x, i), x_ahead, n, width, coefs, each, relu, target, y_ahead)
-        if route != DIRECT:
-            copy(at(y, i), buffer, n, route == STREAMED)
+        affine_rows(at(x, i), x_ahead, n, width, coefs, each, relu, buffer, 0)
+        copy(at(y, i), buffer, n, route == STREAMED)
+        i += n
 
 
 @inline
@@ -803,10 +824,7 @@ def grad_sums_rows(dy, dy_stride, x, x_stride, n_rows, width, rest, mean, coefs,
     """n_rows rows, and the first `rest` columns of one more."""
     restrict()
     wide_vectors()
-    if width == LANES and dy_stride == LANES and x_stride == LANES:
-        grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, mean, coefs, relu, s1, s2)
-    else:
-        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, mean, coefs, relu, s1, s2)
+    grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, mean, coefs, relu, s1, s2)
     grad_sums_strip(at(dy, n_rows * dy_stride), dy_stride, at(x, n_rows * x_stride), x_stride, 1, rest,
                     mean, coefs, relu, s1, s2)
 
@@ -815,6 +833,17 @@ def grad_sums_rows(dy, dy_stride, x, x_stride, n_rows, width, rest, mean, coefs,
 def grad_sums_run(dy, x, length, width, mean, coefs, relu, s1, s2):
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     grad_sums_rows(dy, width, x, width, length // width, width, length % width, mean, coefs, relu, s1, s2)
+
+
+@sums_helper
+def grad_sums_lanes(dy, x, length, mean, coefs, relu, s1, s2):
+    """The same as rows of LANES."""
+    restrict()
+    wide_vectors()
+    n_rows = length // LANES
+    done = n_rows * LANES
+    grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, mean, coefs, relu, s1, s2)
+    grad_sums_strip(at(dy, done), LANES, at(x, done), LANES, 1, length - done, mean, coefs, relu, s1, s2)
 
 
 @inline
@@ -856,9 +885,9 @@ def grad_moments_task(
             for r in range(block.row, last):
                 for c in range(channels):
                     i = c * plan.inner + block.start
-                    n = c * plan.repeat
-                    grad_sums_run(at(dy, r * dy_stride + i), at(x, r * x_stride + i), block.length, plan.repeat,
-                                  at(mean, n), at(coefs, n), relu, at(s1, n), at(s2, n))
+                    n = c * LANES
+                    grad_sums_lanes(at(dy, r * dy_stride + i), at(x, r * x_stride + i), block.length,
+                                    at(mean, n), at(coefs, n), relu, at(s1, n), at(s2, n))
         elif plan.fold == 1:
             grad_sums_rows(at(dy, block.row * dy_stride), dy_stride, at(x, block.row * x_stride), x_stride,
                            block.n_rows, width, width - width, mean, coefs, relu, s1, s2)
@@ -910,46 +939,62 @@ def grad_affine_strip(
 
 
 @inline
-def grad_affine_row(dy, dy_ahead, x, x_ahead, length, coefs, each, relu, training, grad_x, grad_x_ahead):
-    for j in range(0, length, PIECE):
-        n = min(PIECE, length - j)
-        for line in range(j, j + n, LINE // 4):
-            prefetch(at(dy, line + dy_ahead))
-            prefetch(at(x, line + x_ahead))
-            prefetch_write(at(grad_x, line + grad_x_ahead))
-        grad_affine_strip(at(dy, j), at(x, j), n, at(coefs, j * each), each, relu, training, at(grad_x, j))
+def grad_affine_piece(dy, dy_ahead, x, x_ahead, n, coefs, each, relu, training, grad_x, grad_x_ahead):
+    for line in range(0, n, LINE // 4):
+        prefetch(at(dy, line + dy_ahead))
+        prefetch(at(x, line + x_ahead))
+        prefetch_write(at(grad_x, line + grad_x_ahead))
+    grad_affine_strip(dy, x, n, coefs, each, relu, training, grad_x)
+
+
+@inline
+def grad_affine_rows_as(dy, dy_ahead, x, x_ahead, length, width, coefs, each, relu, training, grad_x, grad_x_ahead):
+    i = 0
+    while i < length:
+        n = min(width, length - i)
+        j = 0
+        while j + PIECE <= n:
+            grad_affine_piece(at(dy, i + j), dy_ahead, at(x, i + j), x_ahead, PIECE, at(coefs, j * each), each,
+                              relu, training, at(grad_x, i + j), grad_x_ahead)
+            j += PIECE
+        grad_affine_piece(at(dy, i + j), dy_ahead, at(x, i + j), x_ahead, n - j, at(coefs, j * each), each,
+                          relu, training, at(grad_x, i + j), grad_x_ahead)
+        i += n
 
 
 @helper
 def grad_affine_rows(dy, dy_ahead, x, x_ahead, length, width, coefs, each, relu, training, grad_x, grad_x_ahead):
     restrict()
     wide_vectors()
-    for i in range(0, length, width):
-        n = min(width, length - i)
-        if each == 1:
-            grad_affine_row(at(dy, i), dy_ahead, at(x, i), x_ahead, n, coefs, 1, relu, training,
-                            at(grad_x, i), grad_x_ahead)
-        else:
-            grad_affine_row(at(dy, i), dy_ahead, at(x, i), x_ahead, n, coefs, 0, relu, training,
-                            at(grad_x, i), grad_x_ahead)
+    if each == 1:
+        grad_affine_rows_as(dy, dy_ahead, x, x_ahead, length, width, coefs, 1, relu, training, grad_x, grad_x_ahead)
+    else:
+        grad_affine_rows_as(dy, dy_ahead, x, x_ahead, length, width, coefs, 0, relu, training, grad_x, grad_x_ahead)
 
 
-@helper
+@inline
 def grad_affine_run(
     dy, dy_ahead, x, x_ahead, length, width, coefs, each, relu, training, route, buffer, grad_x, grad_x_ahead,
 ):
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
-    step = length
-    if route != DIRECT:
-        step = BUFFER // width * width
-        grad_x_ahead = 0
-    for i in range(0, length, step):
+    if route == DIRECT:
+        grad_affine_rows(dy, dy_ahead, x, x_ahead, length, width, coefs, each, relu, training, grad_x, grad_x_ahead)
+    else:
+        grad_affine_run_buffered(dy, dy_ahead, x, x_ahead, length, width, coefs, each, relu, training, route, buffer,
+                                 grad_x)
+
+
+@helper
+def grad_affine_run_buffered(
+    dy, dy_ahead, x, x_ahead, length, width, coefs, each, relu, training, route, buffer, grad_x,
+):
+    step = BUFFER // width * width
+    i = 0
+    while i < length:
         n = min(step, length - i)
-        target = at(grad_x, i) if route == DIRECT else buffer
-        grad_affine_rows(at(dy, i), dy_ahead, at(x, i), x_ahead, n, width, coefs, each, relu, training,
-                         target, grad_x_ahead)
-        if route != DIRECT:
-            copy(at(grad_x, i), buffer, n, route == STREAMED)
+        grad_affine_rows(at(dy, i), dy_ahead, at(x, i), x_ahead, n, width, coefs, each, relu, training, buffer, 0)
+        copy(at(grad_x, i), buffer, n, route == STREAMED)
+        i += n
 
 
 @inline
