@@ -38,7 +38,7 @@ SERIAL_BYTES = 65536   # a thread's fair share: below it, waking the thread cost
 STREAM_BYTES = 1 << 24  # outputs from here on bypass the caches
 COLUMNS_AHEAD = 128    # columns that the sums fetch ahead, or half so many of each of two arrays
 AHEAD = 512            # elements that the elementwise passes fetch ahead
-PIECE = 64             # elements whose lines are fetched at once
+PIECE = 64             # and of which they make a step, in vectors
 SERIAL_MERGES = 32768  # below so many partial results one thread merges them: starting the team takes longer
 LINE = 64              # bytes of a cache line
 BUFFER = ROWS * TILE   # elements of a task's buffers
@@ -650,7 +650,7 @@ def spread_rows(
 @inline
 def affine_strip(
     x,          # IN   (n_columns,)
-    n_columns,  # no literal: of a short one LLVM makes scalars
+    n_columns,  # no literal below PIECE: of a short one LLVM makes scalars
     coefs,      # IN   at CENTER, SCALE, OFFSET
     each,       # a literal; 1: every column has its coefficients, 0: one channel's hold for all
     relu,
@@ -705,18 +705,14 @@ def affine_run(x, x_ahead, length, width, coefs, each, relu, route, buffer, y, y
     if route == DIRECT:
         affine_rows(x, x_ahead, length, width, coefs, each, relu, y, y_ahead)
     else:
-        affine_run_buffered(x, x_ahead, length, width, coefs, each, relu, route, buffer, y)
-
-
-@helper
-def affine_run_buffered(x, x_ahead, length, width, coefs, each, relu, route, buffer, y):
-    step = BUFFER // width * width
-    i = 0
-    while i < length:
-        n = min(step, length - i)
-        affine_rows(at(x, i), x_ahead, n, width, coefs, each, relu, buffer, 0)
-        copy(at(y, i), buffer, n, route == STREAMED)
-        i += n
+        step = BUFFER // width * width
+        i = 0
+        while i < length:
+            n = min(step, length - i)
+            # 0 * n: each literal would have a version of the loops of its own (three times the compilation)
+            affine_rows(at(x, i), x_ahead, n, width, coefs, each, relu, buffer, 0 * n)
+            copy(at(y, i), buffer, n, route == STREAMED)
+            i += n
 
 
 @inline
@@ -755,7 +751,6 @@ def affine_task(
         elif plan.fold > 1 and y_stride == width:  # row by row they took twice as long
             for r in range(block.row, last, step):
                 n = min(step, last - r)
-                # 0 * width: each literal would have a version of the loops of its own (three times the compilation)
                 affine_run(gather(at(x, r * stride), stride, n, width, x_buffer), 0 * width, n * width,
                            plan.fold * width, coefs, each, relu, route, buffer, at(y, r * width), y_ahead)
         else:
@@ -989,21 +984,14 @@ def grad_affine_run(
     if route == DIRECT:
         grad_affine_rows(dy, dy_ahead, x, x_ahead, length, width, coefs, each, relu, training, grad_x, grad_x_ahead)
     else:
-        grad_affine_run_buffered(dy, dy_ahead, x, x_ahead, length, width, coefs, each, relu, training, route, buffer,
-                                 grad_x)
-
-
-@helper
-def grad_affine_run_buffered(
-    dy, dy_ahead, x, x_ahead, length, width, coefs, each, relu, training, route, buffer, grad_x,
-):
-    step = BUFFER // width * width
-    i = 0
-    while i < length:
-        n = min(step, length - i)
-        grad_affine_rows(at(dy, i), dy_ahead, at(x, i), x_ahead, n, width, coefs, each, relu, training, buffer, 0)
-        copy(at(grad_x, i), buffer, n, route == STREAMED)
-        i += n
+        step = BUFFER // width * width
+        i = 0
+        while i < length:
+            n = min(step, length - i)
+            grad_affine_rows(at(dy, i), dy_ahead, at(x, i), x_ahead, n, width, coefs, each, relu, training,
+                             buffer, 0 * n)
+            copy(at(grad_x, i), buffer, n, route == STREAMED)
+            i += n
 
 
 @inline
