@@ -1368,7 +1368,7 @@ def whole_batch_norm_inference(x, mean, var, gamma, beta, axis, eps, activation,
     view = plain_view(x, axis)
     if not (view and are_plain_options(gamma, beta, eps, activation, view[1], x.dtype) and is_plain_output(out, x)
             and is_plain_vector(mean, view[1], np.float64) and is_plain_vector(var, view[1], np.float64)
-            and not (var < 0).any()):
+            and var.min() >= 0):  # nor NaN: in one pass, 2 us instead of 4
         return None
     y = empty(x.shape, x.dtype) if out is None else out
     stats, coefs = np.empty((3, view[1])), np.empty((3, view[1]), x.dtype)
