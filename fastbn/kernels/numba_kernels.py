@@ -1,8 +1,8 @@
 """The kernels compiled just in time. kernels/__init__.py holds the contract; cython_kernels.pyx is this file's twin.
 
-Read it downwards: what Numba has no word for; the plan (how the data is cut, by shape alone); then for each kernel its
-strip (the hot loop), its rows and runs, its task (one tile of one chunk); the workers (what one thread does in one
-stage of a call), the teams of threads, the drivers (the stages of a call), and what Python calls.
+Read it downwards: the plan (how the data is cut, by shape alone); then for each kernel its strip (the hot loop), its
+rows and runs, its task (one tile of one chunk); the workers (what one thread does in one stage of a call), the teams of
+threads, the drivers (the stages of a call), and what Python calls. What Numba has no word for is in numba_machine.py.
 
 Nothing is compiled at import, but on the first call for a dtype; warmup() compiles everything. The loops work on bare
 pointers, as the twin's do: an array's index is tested for being negative, and its inner stride is unknown, and either
@@ -10,15 +10,37 @@ keeps a loop from being vectorised. Of fastmath only contraction: the rest takes
 """
 
 import functools
+import math
 import threading
 from typing import NamedTuple
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba import cfunc, njit, prange, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+
+from fastbn import _layout
+from fastbn.kernels.numba_machine import (
+    INTERNAL,
+    LINE,
+    OPTIONS,
+    address,
+    at,
+    call_at,
+    copy,
+    data,
+    helper,
+    inline,
+    integer_at,
+    loaded,
+    local,
+    prefetch,
+    prefetch_write,
+    restrict,
+    stored,
+    stream_end,
+    wide_vectors,
+    zero,
+)
 
 ROWS = 8               # wide rows a step: accumulators are loaded and stored once for eight rows
 STRIP = 16             # columns a step: a literal, so that the strip is unrolled and vectorised
@@ -35,9 +57,8 @@ SERIAL_BYTES = 65536   # a thread's fair share: below it, waking the thread cost
 STREAM_BYTES = 1 << 24  # outputs from here on bypass the caches
 COLUMNS_AHEAD = 128    # columns that the sums fetch ahead, or half so many of each of two arrays
 AHEAD = 512            # elements that the elementwise passes fetch ahead
-PIECE = 128            # elements whose lines are fetched at once
+PIECE = 64             # and take in one step: of a shorter literal LLVM makes scalars
 SERIAL_MERGES = 32768  # below so many partial results one thread merges them: starting the team takes longer
-LINE = 64              # bytes of a cache line
 BUFFER = ROWS * TILE   # elements of a task's buffers
 # Where a tile's coefficients lie in its one array, so that a strip takes one pointer for all of them:
 CENTER = 0             # y = (x - center) * scale + offset
@@ -53,180 +74,8 @@ DIRECT = 0
 BUFFERED = 1           # by way of a buffer: it is the input, and restrict() wants loops that write elsewhere
 STREAMED = 2           # past the caches
 
-OPTIONS = {"nogil": True, "error_model": "numpy"}
-INTERNAL = {**OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-helper = njit(**INTERNAL)
-inline = njit(**INTERNAL, inline="always")  # Numba inlines it, with its literals
 # Fused multiply-adds, 20 % faster in the cache. Only for the sums: gate and affine must agree to the last bit.
 sums_helper = njit(**INTERNAL, fastmath={"contract"})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What Numba has no word for: pointers, arrays on the stack, prefetches and stores past the caches.
-# ---------------------------------------------------------------------------------------------------------------------
-
-@intrinsic
-def data(typingctx, array):
-    """The address of array[0, 0, ...]."""
-    def codegen(context, builder, signature, args):
-        return context.make_array(signature.args[0])(context, builder, args[0]).data
-    return types.CPointer(array.dtype)(array), codegen
-
-
-@intrinsic
-def at(typingctx, pointer, index):
-    """The address of pointer[index]."""
-    def codegen(context, builder, signature, args):
-        return builder.gep(args[0], [args[1]])
-    return pointer(pointer, types.int64), codegen
-
-
-@intrinsic
-def address(typingctx, pointer):
-    """The pointer as an integer."""
-    def codegen(context, builder, signature, args):
-        return builder.ptrtoint(args[0], ir.IntType(64))
-    return types.int64(pointer), codegen
-
-
-@intrinsic
-def zero(typingctx, value):
-    """0 in the type of value: a literal 0 would take float32 arithmetic to float64."""
-    def codegen(context, builder, signature, args):
-        return context.get_constant(value, 0)
-    return value(value), codegen
-
-
-@intrinsic(prefer_literal=True)
-def local(typingctx, size, pointer):
-    """An uninitialised array of `size` elements of the pointer's type (or of the type of a number) on the stack."""
-    if not isinstance(size, types.IntegerLiteral):
-        return None
-    dtype = getattr(pointer, "dtype", pointer)
-    def codegen(context, builder, signature, args):
-        return cgutils.alloca_once(builder, context.get_value_type(dtype), size=size.literal_value)
-    return types.CPointer(dtype)(size, pointer), codegen
-
-
-@intrinsic
-def restrict(typingctx):
-    """Promises that the pointers passed to the calling function do not overlap (C's restrict); keeps it a function."""
-    def codegen(context, builder, signature, args):
-        for arg in builder.function.args:
-            if isinstance(arg.type, ir.PointerType):
-                arg.add_attribute("noalias")
-        builder.function.attributes.add("noinline")
-        return context.get_dummy_value()
-    return types.void(), codegen
-
-
-@intrinsic
-def wide_vectors(typingctx):
-    """Vectors of 512 bits where there are such: LLVM prefers 256, which takes the sums 10 to 20 % longer."""
-    def codegen(context, builder, signature, args):
-        # llvmlite knows no attributes with a value
-        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
-        return context.get_dummy_value()
-    return types.void(), codegen
-
-
-def _prefetch(pointer, to_write):
-    def codegen(context, builder, signature, args):
-        i32, byte_pointer = ir.IntType(32), ir.IntType(8).as_pointer()
-        function_type = ir.FunctionType(ir.VoidType(), [byte_pointer, i32, i32, i32])
-        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch")
-        builder.call(function, [builder.bitcast(args[0], byte_pointer), i32(to_write), i32(3), i32(1)])
-        return context.get_dummy_value()
-    return types.void(pointer), codegen
-
-
-@intrinsic
-def prefetch(typingctx, pointer):
-    """Asks for the cache line at pointer, which need not be valid."""
-    return _prefetch(pointer, 0)
-
-
-@intrinsic
-def prefetch_write(typingctx, pointer):
-    """The same for a line that will be written."""
-    return _prefetch(pointer, 1)
-
-
-@intrinsic
-def stream_line(typingctx, target, source):
-    """Copies LINE bytes past the caches to target, which is aligned to LINE."""
-    def codegen(context, builder, signature, args):
-        line = ir.VectorType(ir.IntType(8), LINE).as_pointer()
-        value = builder.load(builder.bitcast(args[1], line), align=1)
-        store = builder.store(value, builder.bitcast(args[0], line), align=LINE)
-        store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
-        return context.get_dummy_value()
-    return types.void(target, source), codegen
-
-
-@intrinsic
-def stream_end(typingctx):
-    """Orders non-temporal stores before what follows; a thread calls it once, after its last one."""
-    def codegen(context, builder, signature, args):
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-    return types.void(), codegen
-
-
-@intrinsic
-def stored(typingctx, value):
-    """The address of a copy of value on the stack."""
-    def codegen(context, builder, signature, args):
-        pointer = cgutils.alloca_once(builder, context.get_data_type(signature.args[0]))
-        context.pack_value(builder, signature.args[0], args[0], pointer)
-        return builder.ptrtoint(pointer, ir.IntType(64))
-    return types.int64(value), codegen
-
-
-@intrinsic
-def loaded(typingctx, pointer):
-    """The value at pointer: pointer[0] takes no tuple with a bool."""
-    def codegen(context, builder, signature, args):
-        return context.unpack_value(builder, signature.return_type, args[0])
-    return pointer.dtype(pointer), codegen
-
-
-@intrinsic
-def integer_at(typingctx, address, index):
-    """The integer number `index` at an address."""
-    def codegen(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-        return builder.load(builder.gep(pointer, [args[1]]))
-    return types.int64(types.int64, types.int64), codegen
-
-
-@intrinsic
-def call_at(typingctx, address, part, job):
-    """Calls the worker (a C function) at an address."""
-    def codegen(context, builder, signature, args):
-        byte_pointer = ir.IntType(8).as_pointer()
-        function_type = ir.FunctionType(ir.VoidType(), [byte_pointer, byte_pointer])
-        builder.call(builder.inttoptr(args[0], function_type.as_pointer()),
-                     [builder.inttoptr(arg, byte_pointer) for arg in args[1:]])
-        return context.get_dummy_value()
-    return types.void(types.int64, types.int64, types.int64), codegen
-
-
-@helper
-def copy(target, source, n, stream):
-    """memcpy, past the caches if `stream`: whole lines go out by non-temporal stores, ragged ends by plain ones."""
-    restrict()
-    i = 0
-    if stream:
-        itemsize = address(at(target, 1)) - address(target)
-        i = min(n, (-address(target) & (LINE - 1)) // itemsize)
-        for j in range(i):
-            target[j] = source[j]
-        while (n - i) * itemsize >= LINE:
-            stream_line(at(target, i), at(source, i))
-            i += LINE // itemsize
-    for j in range(i, n):
-        target[j] = source[j]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -417,10 +266,7 @@ def sums_rows(x, stride, n_rows, width, rest, pivot, s1, s2):
     """n_rows rows, and the first `rest` columns of one more."""
     restrict()
     wide_vectors()
-    if width == LANES and stride == LANES:  # literals: runs of 196 take two thirds of the time
-        sums_rows_as(x, LANES, n_rows, LANES, pivot, s1, s2)
-    else:
-        sums_rows_as(x, stride, n_rows, width, pivot, s1, s2)
+    sums_rows_as(x, stride, n_rows, width, pivot, s1, s2)
     sums_strip(at(x, n_rows * stride), stride, 1, rest, pivot, s1, s2)
 
 
@@ -428,6 +274,16 @@ def sums_rows(x, stride, n_rows, width, rest, pivot, s1, s2):
 def sums_run(x, length, width, pivot, s1, s2):
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     sums_rows(x, width, length // width, width, length % width, pivot, s1, s2)
+
+
+@sums_helper
+def sums_lanes(x, length, pivot, s1, s2):
+    """The same as rows of LANES: by a literal, runs of 196 take two thirds of the time."""
+    restrict()
+    wide_vectors()
+    n_rows = length // LANES
+    sums_rows_as(x, LANES, n_rows, LANES, pivot, s1, s2)
+    sums_strip(at(x, n_rows * LANES), LANES, 1, length - n_rows * LANES, pivot, s1, s2)
 
 
 @inline
@@ -439,8 +295,8 @@ def sums_block(x, stride, n_rows, length, channels, plan, buffer, pivot, s1, s2)
     if plan.by_inner:
         for r in range(n_rows):
             for c in range(channels):
-                n = c * plan.repeat
-                sums_run(at(x, r * stride + c * plan.inner), length, plan.repeat, at(pivot, n), at(s1, n), at(s2, n))
+                n = c * LANES
+                sums_lanes(at(x, r * stride + c * plan.inner), length, at(pivot, n), at(s1, n), at(s2, n))
     elif plan.fold == 1:
         sums_rows(x, stride, n_rows, width, width - width, pivot, s1, s2)
     elif stride == width:
@@ -574,10 +430,16 @@ def normalize_channels(
     restrict()
     var, invstd = at(stats, plan.channels), at(stats, 2 * plan.channels)
     scale, offset = at(coefs, plan.channels), at(coefs, 2 * plan.channels)
+    if n != 1:
+        for c in range(c0, c1):
+            var[c] = m2[c] / n
+    else:  # the variances themselves, at inference
+        for c in range(c0, c1):
+            var[c] = m2[c]
+    for c in range(c0, c1):
+        invstd[c] = 1 / np.sqrt(var[c] + eps)
     for c in range(c0, c1):
         stats[c] = mean[c]
-        var[c] = m2[c] / n
-        invstd[c] = 1 / np.sqrt(m2[c] / n + eps)
         coefs[c] = mean[c]
     for c in range(c0, c1):
         scale[c] = invstd[c] * gamma[c] if has_gamma else invstd[c]
@@ -634,7 +496,7 @@ def spread_rows(
 @inline
 def affine_strip(
     x,          # IN   (n_columns,)
-    n_columns,  # no literal: of a short one LLVM makes scalars
+    n_columns,
     coefs,      # IN   at CENTER, SCALE, OFFSET
     each,       # a literal; 1: every column has its coefficients, 0: one channel's hold for all
     relu,
@@ -653,40 +515,50 @@ def lead(plan, stride, width):
 
 
 @inline
-def affine_row(x, x_ahead, length, coefs, each, relu, y, y_ahead):
-    for j in range(0, length, PIECE):
-        n = min(PIECE, length - j)
-        for line in range(j, j + n, LINE // 4):
-            prefetch(at(x, line + x_ahead))
-            prefetch_write(at(y, line + y_ahead))
-        affine_strip(at(x, j), n, at(coefs, j * each), each, relu, at(y, j))
+def affine_piece(x, x_ahead, n, coefs, each, relu, y, y_ahead):
+    for line in range(0, n, LINE // 4):
+        prefetch(at(x, line + x_ahead))
+        prefetch_write(at(y, line + y_ahead))
+    affine_strip(x, n, coefs, each, relu, y)
+
+
+@inline
+def affine_rows_as(x, x_ahead, length, width, coefs, each, relu, y, y_ahead):
+    i = 0
+    while i < length:
+        n = min(width, length - i)
+        j = 0
+        while j + PIECE <= n:
+            affine_piece(at(x, i + j), x_ahead, PIECE, at(coefs, j * each), each, relu, at(y, i + j), y_ahead)
+            j += PIECE
+        affine_piece(at(x, i + j), x_ahead, n - j, at(coefs, j * each), each, relu, at(y, i + j), y_ahead)
+        i += n
 
 
 @helper
 def affine_rows(x, x_ahead, length, width, coefs, each, relu, y, y_ahead):
     restrict()
     wide_vectors()
-    for i in range(0, length, width):
-        n = min(width, length - i)
-        if each == 1:
-            affine_row(at(x, i), x_ahead, n, coefs, 1, relu, at(y, i), y_ahead)
-        else:
-            affine_row(at(x, i), x_ahead, n, coefs, 0, relu, at(y, i), y_ahead)
+    if each == 1:
+        affine_rows_as(x, x_ahead, length, width, coefs, 1, relu, y, y_ahead)
+    else:
+        affine_rows_as(x, x_ahead, length, width, coefs, 0, relu, y, y_ahead)
 
 
-@helper
+@inline
 def affine_run(x, x_ahead, length, width, coefs, each, relu, route, buffer, y, y_ahead):
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
-    step = length
-    if route != DIRECT:
+    if route == DIRECT:
+        affine_rows(x, x_ahead, length, width, coefs, each, relu, y, y_ahead)
+    else:
         step = BUFFER // width * width
-        y_ahead = 0
-    for i in range(0, length, step):
-        n = min(step, length - i)
-        target = at(y, i) if route == DIRECT else buffer
-        affine_rows(at(x, i), x_ahead, n, width, coefs, each, relu, target, y_ahead)
-        if route != DIRECT:
+        i = 0
+        while i < length:
+            n = min(step, length - i)
+            # 0 * n: each literal would have a version of the loops of its own (three times the compilation)
+            affine_rows(at(x, i), x_ahead, n, width, coefs, each, relu, buffer, 0 * n)
             copy(at(y, i), buffer, n, route == STREAMED)
+            i += n
 
 
 @inline
@@ -725,7 +597,6 @@ def affine_task(
         elif plan.fold > 1 and y_stride == width:  # row by row they took twice as long
             for r in range(block.row, last, step):
                 n = min(step, last - r)
-                # 0 * width: each literal would have a version of the loops of its own (three times the compilation)
                 affine_run(gather(at(x, r * stride), stride, n, width, x_buffer), 0 * width, n * width,
                            plan.fold * width, coefs, each, relu, route, buffer, at(y, r * width), y_ahead)
         else:
@@ -803,10 +674,7 @@ def grad_sums_rows(dy, dy_stride, x, x_stride, n_rows, width, rest, mean, coefs,
     """n_rows rows, and the first `rest` columns of one more."""
     restrict()
     wide_vectors()
-    if width == LANES and dy_stride == LANES and x_stride == LANES:
-        grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, mean, coefs, relu, s1, s2)
-    else:
-        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, mean, coefs, relu, s1, s2)
+    grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, mean, coefs, relu, s1, s2)
     grad_sums_strip(at(dy, n_rows * dy_stride), dy_stride, at(x, n_rows * x_stride), x_stride, 1, rest,
                     mean, coefs, relu, s1, s2)
 
@@ -815,6 +683,17 @@ def grad_sums_rows(dy, dy_stride, x, x_stride, n_rows, width, rest, mean, coefs,
 def grad_sums_run(dy, x, length, width, mean, coefs, relu, s1, s2):
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     grad_sums_rows(dy, width, x, width, length // width, width, length % width, mean, coefs, relu, s1, s2)
+
+
+@sums_helper
+def grad_sums_lanes(dy, x, length, mean, coefs, relu, s1, s2):
+    """The same as rows of LANES."""
+    restrict()
+    wide_vectors()
+    n_rows = length // LANES
+    done = n_rows * LANES
+    grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, mean, coefs, relu, s1, s2)
+    grad_sums_strip(at(dy, done), LANES, at(x, done), LANES, 1, length - done, mean, coefs, relu, s1, s2)
 
 
 @inline
@@ -856,9 +735,9 @@ def grad_moments_task(
             for r in range(block.row, last):
                 for c in range(channels):
                     i = c * plan.inner + block.start
-                    n = c * plan.repeat
-                    grad_sums_run(at(dy, r * dy_stride + i), at(x, r * x_stride + i), block.length, plan.repeat,
-                                  at(mean, n), at(coefs, n), relu, at(s1, n), at(s2, n))
+                    n = c * LANES
+                    grad_sums_lanes(at(dy, r * dy_stride + i), at(x, r * x_stride + i), block.length,
+                                    at(mean, n), at(coefs, n), relu, at(s1, n), at(s2, n))
         elif plan.fold == 1:
             grad_sums_rows(at(dy, block.row * dy_stride), dy_stride, at(x, block.row * x_stride), x_stride,
                            block.n_rows, width, width - width, mean, coefs, relu, s1, s2)
@@ -910,46 +789,55 @@ def grad_affine_strip(
 
 
 @inline
-def grad_affine_row(dy, dy_ahead, x, x_ahead, length, coefs, each, relu, training, grad_x, grad_x_ahead):
-    for j in range(0, length, PIECE):
-        n = min(PIECE, length - j)
-        for line in range(j, j + n, LINE // 4):
-            prefetch(at(dy, line + dy_ahead))
-            prefetch(at(x, line + x_ahead))
-            prefetch_write(at(grad_x, line + grad_x_ahead))
-        grad_affine_strip(at(dy, j), at(x, j), n, at(coefs, j * each), each, relu, training, at(grad_x, j))
+def grad_affine_piece(dy, dy_ahead, x, x_ahead, n, coefs, each, relu, training, grad_x, grad_x_ahead):
+    for line in range(0, n, LINE // 4):
+        prefetch(at(dy, line + dy_ahead))
+        prefetch(at(x, line + x_ahead))
+        prefetch_write(at(grad_x, line + grad_x_ahead))
+    grad_affine_strip(dy, x, n, coefs, each, relu, training, grad_x)
+
+
+@inline
+def grad_affine_rows_as(dy, dy_ahead, x, x_ahead, length, width, coefs, each, relu, training, grad_x, grad_x_ahead):
+    i = 0
+    while i < length:
+        n = min(width, length - i)
+        j = 0
+        while j + PIECE <= n:
+            grad_affine_piece(at(dy, i + j), dy_ahead, at(x, i + j), x_ahead, PIECE, at(coefs, j * each), each,
+                              relu, training, at(grad_x, i + j), grad_x_ahead)
+            j += PIECE
+        grad_affine_piece(at(dy, i + j), dy_ahead, at(x, i + j), x_ahead, n - j, at(coefs, j * each), each,
+                          relu, training, at(grad_x, i + j), grad_x_ahead)
+        i += n
 
 
 @helper
 def grad_affine_rows(dy, dy_ahead, x, x_ahead, length, width, coefs, each, relu, training, grad_x, grad_x_ahead):
     restrict()
     wide_vectors()
-    for i in range(0, length, width):
-        n = min(width, length - i)
-        if each == 1:
-            grad_affine_row(at(dy, i), dy_ahead, at(x, i), x_ahead, n, coefs, 1, relu, training,
-                            at(grad_x, i), grad_x_ahead)
-        else:
-            grad_affine_row(at(dy, i), dy_ahead, at(x, i), x_ahead, n, coefs, 0, relu, training,
-                            at(grad_x, i), grad_x_ahead)
+    if each == 1:
+        grad_affine_rows_as(dy, dy_ahead, x, x_ahead, length, width, coefs, 1, relu, training, grad_x, grad_x_ahead)
+    else:
+        grad_affine_rows_as(dy, dy_ahead, x, x_ahead, length, width, coefs, 0, relu, training, grad_x, grad_x_ahead)
 
 
-@helper
+@inline
 def grad_affine_run(
     dy, dy_ahead, x, x_ahead, length, width, coefs, each, relu, training, route, buffer, grad_x, grad_x_ahead,
 ):
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
-    step = length
-    if route != DIRECT:
+    if route == DIRECT:
+        grad_affine_rows(dy, dy_ahead, x, x_ahead, length, width, coefs, each, relu, training, grad_x, grad_x_ahead)
+    else:
         step = BUFFER // width * width
-        grad_x_ahead = 0
-    for i in range(0, length, step):
-        n = min(step, length - i)
-        target = at(grad_x, i) if route == DIRECT else buffer
-        grad_affine_rows(at(dy, i), dy_ahead, at(x, i), x_ahead, n, width, coefs, each, relu, training,
-                         target, grad_x_ahead)
-        if route != DIRECT:
+        i = 0
+        while i < length:
+            n = min(step, length - i)
+            grad_affine_rows(at(dy, i), dy_ahead, at(x, i), x_ahead, n, width, coefs, each, relu, training,
+                             buffer, 0 * n)
             copy(at(grad_x, i), buffer, n, route == STREAMED)
+            i += n
 
 
 @inline
@@ -1425,6 +1313,85 @@ def batch_norm_inference(x, mean, var, gamma, beta, eps, relu, out, stats, coefs
 def batch_norm_backward(grad_y, x, stats, coefs, relu, training, out, grads, num_threads):
     launch(run_batch_norm_backward, 2 * x.nbytes, num_threads, x.dtype, grad_y, x, stats, coefs, relu, training, out,
            grads)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole calls, for plain arguments: C-contiguous native arrays of one dtype. The general way through functional.py and
+# _layout.py costs 20 us, and 90 us where a kernel has swept it out of the cache. They answer None, with nothing done,
+# to whatever they do not know; the general way takes it, and raises the errors. `empty` makes the outputs, also those
+# below `pooled` bytes.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def is_plain(x, dtypes=_layout.FLOATS):
+    return _layout.is_plain(x, dtypes) and x.flags.c_contiguous
+
+
+def is_plain_vector(values, channels, dtype):
+    return is_plain(values, (dtype,)) and values.shape == (channels,)
+
+
+def is_plain_output(out, source):
+    """out is None, source itself, or a plain array apart from it."""
+    return out is None or (
+        is_plain(out, (source.dtype,)) and out.shape == source.shape and out.flags.writeable
+        and (out is source or not np.may_share_memory(out, source)))
+
+
+def plain_view(x, axis):
+    """The shape (outer, channels, inner), or None where x is empty or not plain, or the axis is not a plain one."""
+    if not (is_plain(x) and type(axis) is int and x.ndim >= 2 and x.size and -x.ndim <= axis < x.ndim):
+        return None
+    axis %= x.ndim
+    return math.prod(x.shape[:axis]), x.shape[axis], math.prod(x.shape[axis + 1:])
+
+
+def are_plain_options(gamma, beta, eps, activation, channels, dtype):
+    return ((gamma is None or is_plain_vector(gamma, channels, dtype))
+            and (beta is None or is_plain_vector(beta, channels, dtype))
+            and type(eps) is float and 0 <= eps < math.inf and (activation is None or activation == "relu"))
+
+
+def whole_batch_norm(x, gamma, beta, axis, eps, activation, out, num_threads, pooled, empty):
+    """(y, count, whether in place, stats, coefs), or None."""
+    view = plain_view(x, axis)
+    if not (view and view[0] * view[2] > 1 and are_plain_options(gamma, beta, eps, activation, view[1], x.dtype)
+            and is_plain_output(out, x)):
+        return None
+    y = empty(x.shape, x.dtype) if out is None else out
+    stats, coefs = np.empty((3, view[1])), np.empty((3, view[1]), x.dtype)
+    batch_norm(x.reshape(view), gamma, beta, eps, activation is not None, y.reshape(view), stats, coefs, num_threads)
+    return y, view[0] * view[2], y is x, stats, coefs
+
+
+def whole_batch_norm_inference(x, mean, var, gamma, beta, axis, eps, activation, out, num_threads, pooled, empty):
+    """(y, count, whether in place, stats, coefs), or None."""
+    view = plain_view(x, axis)
+    if not (view and are_plain_options(gamma, beta, eps, activation, view[1], x.dtype) and is_plain_output(out, x)
+            and is_plain_vector(mean, view[1], np.float64) and is_plain_vector(var, view[1], np.float64)
+            and var.min() >= 0):  # nor NaN: in one pass, 2 us instead of 4
+        return None
+    y = empty(x.shape, x.dtype) if out is None else out
+    stats, coefs = np.empty((3, view[1])), np.empty((3, view[1]), x.dtype)
+    batch_norm_inference(x.reshape(view), mean, var, gamma, beta, eps, activation is not None, y.reshape(view),
+                         stats, coefs, num_threads)
+    return y, view[0] * view[2], y is x, stats, coefs
+
+
+def whole_batch_norm_backward(
+    grad_y, x, axis, stats, coefs, relu, training, out, num_threads, pooled, empty,
+):
+    """(grad_x, grads), or None."""
+    view = plain_view(x, axis)
+    if not (view and is_plain(grad_y, (x.dtype,)) and grad_y.shape == x.shape and is_plain_output(out, grad_y)
+            and (out is None or not np.may_share_memory(out, x))):
+        return None
+    if training and view[0] * view[2] == 2:  # functional.py has a formula for two values
+        return None
+    grad_x = empty(x.shape, x.dtype) if out is None else out
+    grads = np.empty((2, view[1]), x.dtype)
+    batch_norm_backward(grad_y.reshape(view), x.reshape(view), stats, coefs, relu, training, grad_x.reshape(view),
+                        grads, num_threads)
+    return grad_x, grads
 
 
 def warmup(dtypes=(np.float32, np.float64)):
