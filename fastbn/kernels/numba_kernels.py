@@ -38,6 +38,7 @@ from fastbn.kernels.numba_machine import (
     restrict,
     stored,
     stream_end,
+    stream_line,
     wide_vectors,
     zero,
 )
@@ -54,21 +55,24 @@ BLOCK_INNER = 8192     # inner elements a channel a block
 PIVOT_SHARE = 32       # the pivot is the mean of a block's first values, one in so many
 MAX_CHUNKS = 64        # partial results a channel, at most; so also the threads that can share a column
 SERIAL_BYTES = 65536   # a thread's fair share: below it, waking the thread costs more than it saves
+NARROW = 32            # rows that lie apart and are narrower are first copied together
 STREAM_BYTES = 1 << 24  # outputs from here on bypass the caches
 COLUMNS_AHEAD = 128    # columns that the sums fetch ahead, or half so many of each of two arrays
 AHEAD = 512            # elements that the elementwise passes fetch ahead
 PIECE = 64             # and take in one step: of a shorter literal LLVM makes scalars
 SERIAL_MERGES = 32768  # below so many partial results one thread merges them: starting the team takes longer
 BUFFER = ROWS * TILE   # elements of a task's buffers
-# Where a tile's coefficients lie in its one array, so that a strip takes one pointer for all of them:
+# Where a tile's coefficients lie in its one array, so that a strip takes one pointer for all of them. Behind those of a
+# wide row lie those of the next one's first piece, so that a piece may run over the end of a row.
+PITCH = TILE + PIECE
 CENTER = 0             # y = (x - center) * scale + offset
-SCALE = TILE
-OFFSET = 2 * TILE
-FACTOR = 3 * TILE      # grad_x = factor * (((dy - shift) - rest) - (x - center) * slope)
-SLOPE = 4 * TILE
-SHIFT = 5 * TILE
-REST = 6 * TILE
-COEFS = 7 * TILE
+SCALE = PITCH
+OFFSET = 2 * PITCH
+FACTOR = 3 * PITCH     # grad_x = factor * (((dy - shift) - rest) - (x - center) * slope)
+SLOPE = 4 * PITCH
+SHIFT = 5 * PITCH
+REST = 6 * PITCH
+COEFS = 7 * PITCH
 # How an output is written:
 DIRECT = 0
 BUFFERED = 1           # by way of a buffer: it is the input, and restrict() wants loops that write elsewhere
@@ -234,6 +238,8 @@ def sums_strip(
 @inline
 def coming(x, stride, n_rows, width, j, ahead):
     """What lies `ahead` columns behind column j of these rows: there, or in the next n_rows rows."""
+    if stride == LANES:  # a channel's run; the next rows would be too near
+        return at(x, j + AHEAD)
     k = j + min(width, ahead)
     return at(x, k if k < width else n_rows * stride + k - width)
 
@@ -287,6 +293,15 @@ def sums_lanes(x, length, pivot, s1, s2):
 
 
 @inline
+def sums_apart(x, stride, n_rows, width, fold, pivot, s1, s2):
+    """Wide rows, of `fold` rows each that lie apart: summed where they lie."""
+    for f in range(fold):
+        j = f * width
+        sums_rows(at(x, f * stride), fold * stride, n_rows // fold, width, width - width,
+                  at(pivot, j), at(s1, j), at(s2, j))
+
+
+@inline
 def sums_block(x, stride, n_rows, length, channels, plan, buffer, pivot, s1, s2):
     width = channels * plan.repeat
     for j in range(width * plan.fold):
@@ -305,7 +320,11 @@ def sums_block(x, stride, n_rows, length, channels, plan, buffer, pivot, s1, s2)
         step = ROWS * plan.fold
         for r in range(0, n_rows, step):
             n = min(step, n_rows - r)
-            sums_run(gather(at(x, r * stride), stride, n, width, buffer), n * width, plan.fold * width, pivot, s1, s2)
+            if n == step and width >= NARROW:
+                sums_apart(at(x, r * stride), stride, n, width, plan.fold, pivot, s1, s2)
+            else:
+                sums_run(gather(at(x, r * stride), stride, n, width, buffer), n * width, plan.fold * width,
+                         pivot, s1, s2)
     fold_sums(s1, channels, plan.repeat, plan.fold)
     fold_sums(s2, channels, plan.repeat, plan.fold)
 
@@ -482,11 +501,60 @@ def gradient_channels(
 @inline
 def spread_rows(
     rows,       # IN   (n, channels)
-    n, plan, c0, channels,
-    wide,       # OUT  (n, TILE)
+    n, plan, c0, channels, repeat,
+    wide,       # OUT  (n, PITCH)
 ):
+    width = channels * repeat * plan.fold
     for i in range(n):
-        spread(at(rows, i * plan.channels + c0), channels, plan.repeat, plan.fold, at(wide, i * TILE))
+        row = at(wide, i * PITCH)
+        spread(at(rows, i * plan.channels + c0), channels, repeat, plan.fold, row)
+        for j in range(PIECE):
+            row[width + j] = row[j]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces and runs of the elementwise passes. What goes past the caches begins with a cache line, wherever in a row that
+# is: the coefficients of a row are followed by those of the next one, so a piece may run over its end.
+# ---------------------------------------------------------------------------------------------------------------------
+
+@helper
+def lead(plan, stride, width):
+    """How many elements ahead to fetch: AHEAD of them, which are whole rows where the rows lie apart."""
+    return AHEAD if plan.by_inner or stride == width else stride * max(1, AHEAD // width)
+
+
+@helper
+def before_line(y):
+    """How many elements lie before the first whole cache line."""
+    return (-address(y) & (LINE - 1)) // (address(at(y, 1)) - address(y))
+
+
+@helper
+def begin_stream(y, length, ahead):
+    """How many elements at y to store through the caches. The lines that hold the ends of a run are fetched, this
+    run's last and the first of one `ahead`: they are shared with other runs."""
+    if before_line(at(y, length)):
+        prefetch_write(at(y, length))
+    if before_line(y):
+        prefetch_write(at(y, ahead))
+    return before_line(y)
+
+
+@inline
+def put_piece(y, piece, n):
+    """Store n elements at y, which is aligned to LINE, past the caches, but for a part of a line."""
+    step = LINE // (address(at(y, 1)) - address(y))
+    done = n // step * step
+    for i in range(0, done, step):
+        stream_line(at(y, i), at(piece, i))
+    for i in range(done, n):
+        y[i] = piece[i]
+
+
+@helper
+def has_whole_lines(y, stride):
+    """Whether every row begins with a line."""
+    return before_line(y) == 0 and before_line(at(y, stride)) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -498,67 +566,72 @@ def affine_strip(
     x,          # IN   (n_columns,)
     n_columns,
     coefs,      # IN   at CENTER, SCALE, OFFSET
-    each,       # a literal; 1: every column has its coefficients, 0: one channel's hold for all
     relu,
     y,          # OUT
 ):
     for j in range(n_columns):
-        i = j * each
-        value = (x[j] - coefs[CENTER + i]) * coefs[SCALE + i] + coefs[OFFSET + i]
+        value = (x[j] - coefs[CENTER + j]) * coefs[SCALE + j] + coefs[OFFSET + j]
         y[j] = zero(value) if relu & (value <= 0) else value
 
 
-@helper
-def lead(plan, stride, width):
-    """How many elements ahead to fetch: AHEAD of them, which are whole rows where the rows lie apart."""
-    return AHEAD if plan.by_inner or stride == width else stride * max(1, AHEAD // width)
-
-
 @inline
-def affine_piece(x, x_ahead, n, coefs, each, relu, y, y_ahead):
+def affine_piece(x, x_ahead, n, coefs, relu, stream, y, y_ahead):
     for line in range(0, n, LINE // 4):
         prefetch(at(x, line + x_ahead))
-        prefetch_write(at(y, line + y_ahead))
-    affine_strip(x, n, coefs, each, relu, y)
+        if not stream:
+            prefetch_write(at(y, line + y_ahead))
+    if stream:
+        piece = local(PIECE, x)
+        affine_strip(x, n, coefs, relu, piece)
+        put_piece(y, piece, n)
+    else:
+        affine_strip(x, n, coefs, relu, y)
 
 
 @inline
-def affine_rows_as(x, x_ahead, length, width, coefs, each, relu, y, y_ahead):
-    i = 0
-    while i < length:
-        n = min(width, length - i)
-        j = 0
-        while j + PIECE <= n:
-            affine_piece(at(x, i + j), x_ahead, PIECE, at(coefs, j * each), each, relu, at(y, i + j), y_ahead)
-            j += PIECE
-        affine_piece(at(x, i + j), x_ahead, n - j, at(coefs, j * each), each, relu, at(y, i + j), y_ahead)
-        i += n
+def affine_rows_as(x, x_ahead, length, column, width, coefs, each, relu, stream, y, y_ahead):
+    i, j = 0, column
+    while i + PIECE <= length:
+        affine_piece(at(x, i), x_ahead, PIECE, at(coefs, j), relu, stream, at(y, i), y_ahead)
+        i += PIECE
+        j += PIECE * each
+        while j >= width:
+            j -= width
+    affine_piece(at(x, i), x_ahead, length - i, at(coefs, j), relu, stream, at(y, i), y_ahead)
 
 
 @helper
-def affine_rows(x, x_ahead, length, width, coefs, each, relu, y, y_ahead):
+def affine_rows(
+    x, x_ahead, length, column, width, coefs,
+    each,       # 1: every column has its coefficients, 0: a channel's are there for all the columns of a piece
+    relu, stream, y, y_ahead,
+):
+    """A contiguous run as rows of `width`, the first from `column` on, the last of them perhaps shorter."""
     restrict()
     wide_vectors()
-    if each == 1:
-        affine_rows_as(x, x_ahead, length, width, coefs, 1, relu, y, y_ahead)
+    if stream:
+        affine_rows_as(x, x_ahead, length, column, width, coefs, each, relu, True, y, y_ahead)
     else:
-        affine_rows_as(x, x_ahead, length, width, coefs, 0, relu, y, y_ahead)
+        affine_rows_as(x, x_ahead, length, column, width, coefs, each, relu, False, y, y_ahead)
 
 
-@inline
+@helper
 def affine_run(x, x_ahead, length, width, coefs, each, relu, route, buffer, y, y_ahead):
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
-    if route == DIRECT:
-        affine_rows(x, x_ahead, length, width, coefs, each, relu, y, y_ahead)
-    else:
-        step = BUFFER // width * width
-        i = 0
+    i = none = 0 * length  # no literal: each would have a version of the loops of its own (three times the compilation)
+    if route == BUFFERED:
         while i < length:
-            n = min(step, length - i)
-            # 0 * n: each literal would have a version of the loops of its own (three times the compilation)
-            affine_rows(at(x, i), x_ahead, n, width, coefs, each, relu, buffer, 0 * n)
-            copy(at(y, i), buffer, n, route == STREAMED)
+            n = min(BUFFER, length - i)
+            affine_rows(at(x, i), x_ahead, n, i % width * each, width, coefs, each, relu, none, buffer, none)
+            copy(at(y, i), buffer, n)
             i += n
+    else:
+        stream = int(route == STREAMED)
+        if stream:
+            i = min(length, begin_stream(y, length, each * y_ahead))
+            affine_rows(x, x_ahead, i, none, width, coefs, each, relu, none, y, y_ahead)
+        affine_rows(at(x, i), x_ahead, length - i, i % width * each, width, coefs, each, relu, stream,
+                    at(y, i), y_ahead)
 
 
 @inline
@@ -575,11 +648,14 @@ def affine_task(
     channels = min(plan.tile, plan.channels - c0)
     width = channels * plan.repeat
     step = ROWS * plan.fold
-    spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
+    repeat = PIECE if plan.by_inner else plan.repeat
+    spread_rows(channel_coefs, 3, plan, c0, channels, repeat, coefs)
     x = at(x, c0 * plan.inner)
     y = at(y, c0 * plan.inner)
     each = 0 if plan.by_inner else 1
     x_ahead, y_ahead = lead(plan, stride, width), lead(plan, y_stride, width)
+    whole = plan.fold == 1 or has_whole_lines(y, y_stride)
+    row_route = DIRECT if route == STREAMED and not whole else route
     # Backwards: the end of the chunk, read last by moments_task, is still in the cache.
     for index in range(min((chunk + 1) * plan.chunk, plan.n_blocks) - 1, chunk * plan.chunk - 1, -1):
         block = block_at(plan, index)
@@ -588,13 +664,13 @@ def affine_task(
             for r in range(block.row, last):
                 for c in range(channels):
                     i = c * plan.inner + block.start
-                    affine_run(at(x, r * stride + i), x_ahead, block.length, min(block.length, BUFFER),
-                               at(coefs, c * LANES), each, relu, route, buffer, at(y, r * y_stride + i), y_ahead)
+                    affine_run(at(x, r * stride + i), x_ahead, block.length, block.length,
+                               at(coefs, c * PIECE), each, relu, route, buffer, at(y, r * y_stride + i), y_ahead)
         elif stride == width and y_stride == width:
             i = block.row * width
             affine_run(at(x, i), x_ahead, block.n_rows * width, plan.fold * width, coefs, each, relu,
                        route, buffer, at(y, i), y_ahead)
-        elif plan.fold > 1 and y_stride == width:  # row by row they took twice as long
+        elif width < NARROW and y_stride == width:
             for r in range(block.row, last, step):
                 n = min(step, last - r)
                 affine_run(gather(at(x, r * stride), stride, n, width, x_buffer), 0 * width, n * width,
@@ -602,7 +678,7 @@ def affine_task(
         else:
             for r in range(block.row, last):
                 affine_run(at(x, r * stride), x_ahead, width, width, coefs, each, relu,
-                           route, buffer, at(y, r * y_stride), y_ahead)
+                           row_route, buffer, at(y, r * y_stride), y_ahead)
     if route == STREAMED:
         stream_end()
 
@@ -697,6 +773,15 @@ def grad_sums_lanes(dy, x, length, mean, coefs, relu, s1, s2):
 
 
 @inline
+def grad_sums_apart(dy, dy_stride, x, x_stride, n_rows, width, fold, mean, coefs, relu, s1, s2):
+    """Wide rows, of `fold` rows each that lie apart: summed where they lie."""
+    for f in range(fold):
+        j = f * width
+        grad_sums_rows(at(dy, f * dy_stride), fold * dy_stride, at(x, f * x_stride), fold * x_stride, n_rows // fold,
+                       width, width - width, at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
+
+
+@inline
 def grad_moments_task(
     dy, dy_stride, x, x_stride, plan, chunk, tile,
     channel_mean,   # IN   (channels,) float64
@@ -708,7 +793,7 @@ def grad_moments_task(
     dy_buffer = local(BUFFER, x)
     x_buffer = local(BUFFER, x)
     coefs = local(COEFS, x)
-    mean = local(TILE, 0.0)
+    mean = local(PITCH, 0.0)
     s1 = local(TILE, 0.0)
     s2 = local(TILE, 0.0)
     c0 = tile * plan.tile
@@ -716,8 +801,8 @@ def grad_moments_task(
     width = channels * plan.repeat
     wide = plan.fold * width
     step = ROWS * plan.fold
-    spread_rows(channel_mean, 1, plan, c0, channels, mean)
-    spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
+    spread_rows(channel_mean, 1, plan, c0, channels, plan.repeat, mean)
+    spread_rows(channel_coefs, 3, plan, c0, channels, plan.repeat, coefs)
     dy = at(dy, c0 * plan.inner)
     x = at(x, c0 * plan.inner)
     sum_dy = at(sum_dy, c0)
@@ -747,9 +832,13 @@ def grad_moments_task(
         else:
             for r in range(block.row, last, step):
                 n = min(step, last - r)
-                grad_sums_run(gather(at(dy, r * dy_stride), dy_stride, n, width, dy_buffer),
-                              gather(at(x, r * x_stride), x_stride, n, width, x_buffer),
-                              n * width, wide, mean, coefs, relu, s1, s2)
+                if n == step and width >= NARROW:
+                    grad_sums_apart(at(dy, r * dy_stride), dy_stride, at(x, r * x_stride), x_stride, n, width,
+                                    plan.fold, mean, coefs, relu, s1, s2)
+                else:
+                    grad_sums_run(gather(at(dy, r * dy_stride), dy_stride, n, width, dy_buffer),
+                                  gather(at(x, r * x_stride), x_stride, n, width, x_buffer),
+                                  n * width, wide, mean, coefs, relu, s1, s2)
         fold_sums(s1, channels, plan.repeat, plan.fold)
         fold_sums(s2, channels, plan.repeat, plan.fold)
         for c in range(channels):
@@ -776,68 +865,83 @@ def grad_affine_strip(
     x,          # IN   (n_columns,)
     n_columns,
     coefs,      # IN   at CENTER, SCALE, OFFSET, FACTOR, SLOPE, SHIFT, REST
-    each,       # a literal; 1: every column has its coefficients, 0: one channel's hold for all
     relu,
     training,
     grad_x,     # OUT
 ):
     for j in range(n_columns):
-        i = j * each
-        g = gate(dy[j], x[j], coefs, i, relu)
-        through = ((g - coefs[SHIFT + i]) - coefs[REST + i]) - (x[j] - coefs[CENTER + i]) * coefs[SLOPE + i]
-        grad_x[j] = coefs[FACTOR + i] * (through if training else g)
+        g = gate(dy[j], x[j], coefs, j, relu)
+        through = ((g - coefs[SHIFT + j]) - coefs[REST + j]) - (x[j] - coefs[CENTER + j]) * coefs[SLOPE + j]
+        grad_x[j] = coefs[FACTOR + j] * (through if training else g)
 
 
 @inline
-def grad_affine_piece(dy, dy_ahead, x, x_ahead, n, coefs, each, relu, training, grad_x, grad_x_ahead):
+def grad_affine_piece(dy, dy_ahead, x, x_ahead, n, coefs, relu, training, stream, grad_x, grad_x_ahead):
     for line in range(0, n, LINE // 4):
         prefetch(at(dy, line + dy_ahead))
         prefetch(at(x, line + x_ahead))
-        prefetch_write(at(grad_x, line + grad_x_ahead))
-    grad_affine_strip(dy, x, n, coefs, each, relu, training, grad_x)
+        if not stream:
+            prefetch_write(at(grad_x, line + grad_x_ahead))
+    if stream:
+        piece = local(PIECE, x)
+        grad_affine_strip(dy, x, n, coefs, relu, training, piece)
+        put_piece(grad_x, piece, n)
+    else:
+        grad_affine_strip(dy, x, n, coefs, relu, training, grad_x)
 
 
 @inline
-def grad_affine_rows_as(dy, dy_ahead, x, x_ahead, length, width, coefs, each, relu, training, grad_x, grad_x_ahead):
-    i = 0
-    while i < length:
-        n = min(width, length - i)
-        j = 0
-        while j + PIECE <= n:
-            grad_affine_piece(at(dy, i + j), dy_ahead, at(x, i + j), x_ahead, PIECE, at(coefs, j * each), each,
-                              relu, training, at(grad_x, i + j), grad_x_ahead)
-            j += PIECE
-        grad_affine_piece(at(dy, i + j), dy_ahead, at(x, i + j), x_ahead, n - j, at(coefs, j * each), each,
-                          relu, training, at(grad_x, i + j), grad_x_ahead)
-        i += n
+def grad_affine_rows_as(
+    dy, dy_ahead, x, x_ahead, length, column, width, coefs, each, relu, training, stream, grad_x, grad_x_ahead,
+):
+    i, j = 0, column
+    while i + PIECE <= length:
+        grad_affine_piece(at(dy, i), dy_ahead, at(x, i), x_ahead, PIECE, at(coefs, j), relu, training, stream,
+                          at(grad_x, i), grad_x_ahead)
+        i += PIECE
+        j += PIECE * each
+        while j >= width:
+            j -= width
+    grad_affine_piece(at(dy, i), dy_ahead, at(x, i), x_ahead, length - i, at(coefs, j), relu, training, stream,
+                      at(grad_x, i), grad_x_ahead)
 
 
 @helper
-def grad_affine_rows(dy, dy_ahead, x, x_ahead, length, width, coefs, each, relu, training, grad_x, grad_x_ahead):
+def grad_affine_rows(
+    dy, dy_ahead, x, x_ahead, length, column, width, coefs, each, relu, training, stream, grad_x, grad_x_ahead,
+):
+    """A contiguous run as rows of `width`, the first from `column` on, the last of them perhaps shorter."""
     restrict()
     wide_vectors()
-    if each == 1:
-        grad_affine_rows_as(dy, dy_ahead, x, x_ahead, length, width, coefs, 1, relu, training, grad_x, grad_x_ahead)
+    if stream:
+        grad_affine_rows_as(dy, dy_ahead, x, x_ahead, length, column, width, coefs, each, relu, training, True,
+                            grad_x, grad_x_ahead)
     else:
-        grad_affine_rows_as(dy, dy_ahead, x, x_ahead, length, width, coefs, 0, relu, training, grad_x, grad_x_ahead)
+        grad_affine_rows_as(dy, dy_ahead, x, x_ahead, length, column, width, coefs, each, relu, training, False,
+                            grad_x, grad_x_ahead)
 
 
-@inline
+@helper
 def grad_affine_run(
     dy, dy_ahead, x, x_ahead, length, width, coefs, each, relu, training, route, buffer, grad_x, grad_x_ahead,
 ):
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
-    if route == DIRECT:
-        grad_affine_rows(dy, dy_ahead, x, x_ahead, length, width, coefs, each, relu, training, grad_x, grad_x_ahead)
-    else:
-        step = BUFFER // width * width
-        i = 0
+    i = none = 0 * length
+    if route == BUFFERED:
         while i < length:
-            n = min(step, length - i)
-            grad_affine_rows(at(dy, i), dy_ahead, at(x, i), x_ahead, n, width, coefs, each, relu, training,
-                             buffer, 0 * n)
-            copy(at(grad_x, i), buffer, n, route == STREAMED)
+            n = min(BUFFER, length - i)
+            grad_affine_rows(at(dy, i), dy_ahead, at(x, i), x_ahead, n, i % width * each, width, coefs, each,
+                             relu, training, none, buffer, none)
+            copy(at(grad_x, i), buffer, n)
             i += n
+    else:
+        stream = int(route == STREAMED)
+        if stream:
+            i = min(length, begin_stream(grad_x, length, each * grad_x_ahead))
+            grad_affine_rows(dy, dy_ahead, x, x_ahead, i, none, width, coefs, each, relu, training, none,
+                             grad_x, grad_x_ahead)
+        grad_affine_rows(at(dy, i), dy_ahead, at(x, i), x_ahead, length - i, i % width * each, width, coefs, each,
+                         relu, training, stream, at(grad_x, i), grad_x_ahead)
 
 
 @inline
@@ -856,14 +960,17 @@ def grad_affine_task(
     channels = min(plan.tile, plan.channels - c0)
     width = channels * plan.repeat
     step = ROWS * plan.fold
-    spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
-    spread_rows(linear, 4, plan, c0, channels, at(coefs, FACTOR))
+    repeat = PIECE if plan.by_inner else plan.repeat
+    spread_rows(channel_coefs, 3, plan, c0, channels, repeat, coefs)
+    spread_rows(linear, 4, plan, c0, channels, repeat, at(coefs, FACTOR))
     dy = at(dy, c0 * plan.inner)
     x = at(x, c0 * plan.inner)
     grad_x = at(grad_x, c0 * plan.inner)
     each = 0 if plan.by_inner else 1
     dy_ahead, x_ahead = lead(plan, dy_stride, width), lead(plan, x_stride, width)
     grad_x_ahead = lead(plan, grad_x_stride, width)
+    whole = plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride)
+    row_route = DIRECT if route == STREAMED and not whole else route
     for index in range(min((chunk + 1) * plan.chunk, plan.n_blocks) - 1, chunk * plan.chunk - 1, -1):
         block = block_at(plan, index)
         last = block.row + block.n_rows
@@ -872,13 +979,13 @@ def grad_affine_task(
                 for c in range(channels):
                     i = c * plan.inner + block.start
                     grad_affine_run(at(dy, r * dy_stride + i), dy_ahead, at(x, r * x_stride + i), x_ahead,
-                                    block.length, min(block.length, BUFFER), at(coefs, c * LANES), each, relu,
+                                    block.length, block.length, at(coefs, c * PIECE), each, relu,
                                     training, route, buffer, at(grad_x, r * grad_x_stride + i), grad_x_ahead)
         elif dy_stride == width and x_stride == width and grad_x_stride == width:
             i = block.row * width
             grad_affine_run(at(dy, i), dy_ahead, at(x, i), x_ahead, block.n_rows * width, plan.fold * width,
                             coefs, each, relu, training, route, buffer, at(grad_x, i), grad_x_ahead)
-        elif plan.fold > 1 and grad_x_stride == width:
+        elif width < NARROW and grad_x_stride == width:
             for r in range(block.row, last, step):
                 n = min(step, last - r)
                 grad_affine_run(gather(at(dy, r * dy_stride), dy_stride, n, width, dy_buffer), 0 * width,
@@ -888,7 +995,7 @@ def grad_affine_task(
         else:
             for r in range(block.row, last):
                 grad_affine_run(at(dy, r * dy_stride), dy_ahead, at(x, r * x_stride), x_ahead, width, width,
-                                coefs, each, relu, training, route, buffer,
+                                coefs, each, relu, training, row_route, buffer,
                                 at(grad_x, r * grad_x_stride), grad_x_ahead)
     if route == STREAMED:
         stream_end()

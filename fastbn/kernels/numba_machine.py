@@ -166,17 +166,8 @@ def call_at(typingctx, address, part, job):
 
 
 @helper
-def copy(target, source, n, stream):
-    """memcpy, past the caches if `stream`: whole lines go out by non-temporal stores, ragged ends by plain ones."""
+def copy(target, source, n):
+    """memcpy."""
     restrict()
-    i = 0
-    if stream:
-        itemsize = address(at(target, 1)) - address(target)
-        i = min(n, (-address(target) & (LINE - 1)) // itemsize)
-        for j in range(i):
-            target[j] = source[j]
-        while (n - i) * itemsize >= LINE:
-            stream_line(at(target, i), at(source, i))
-            i += LINE // itemsize
-    for j in range(i, n):
-        target[j] = source[j]
+    for i in range(n):
+        target[i] = source[i]
