@@ -578,7 +578,6 @@ cdef inline void affine_strip(
     const floating* x,         # IN   (n_columns,)
     Py_ssize_t n_columns,
     const floating* coefs,     # IN   at CENTER, SCALE, OFFSET
-    Py_ssize_t each,           # IN   1: every column has its coefficients, 0: one channel's hold for all
     bint relu,
     bint stream,
     floating* y,               # OUT  may be x: the strip is read before it is written
@@ -587,7 +586,7 @@ cdef inline void affine_strip(
     cdef floating value
     cdef Py_ssize_t j
     for j in range(n_columns):
-        value = (x[j] - coefs[CENTER + j * each]) * coefs[SCALE + j * each] + coefs[OFFSET + j * each]
+        value = (x[j] - coefs[CENTER + j]) * coefs[SCALE + j] + coefs[OFFSET + j]
         strip[j] = 0 if relu and value <= 0 else value
     put_strip(y, strip, n_columns, stream)
 
@@ -601,7 +600,7 @@ cdef inline void affine_strips(
         prefetch(x + x_ahead)
         if not stream:
             prefetch_write(y + y_ahead)
-        affine_strip(x, STRIP, coefs, each, relu, stream, y)
+        affine_strip(x, STRIP, coefs, relu, stream, y)
         x += STRIP
         y += STRIP
         coefs += each * STRIP
@@ -617,36 +616,33 @@ cdef inline void affine_runs_as(
         i = j = 0
         if stream:
             i = begin_stream(y, length, each * y_ahead)
-            affine_strip(x, i, coefs, each, relu, False, y)
-            j = next_column(0, i, width)
+            affine_strip(x, i, coefs, relu, False, y)
+            j = each * next_column(0, i, width)
         while i + STRIP <= length:
             n = strips_ahead(j, width, length - i)
             if stream:
-                affine_strips(x + i, x_ahead, n, coefs + each * j, each, relu, True, y + i, y_ahead)
+                affine_strips(x + i, x_ahead, n, coefs + j, each, relu, True, y + i, y_ahead)
             else:
-                affine_strips(x + i, x_ahead, n, coefs + each * j, each, relu, False, y + i, y_ahead)
+                affine_strips(x + i, x_ahead, n, coefs + j, each, relu, False, y + i, y_ahead)
             i += n * STRIP
-            j = next_column(j, n * STRIP, width)
-        affine_strip(x + i, length - i, coefs + each * j, each, relu, False, y + i)
+            j = each * next_column(j, n * STRIP, width)
+        affine_strip(x + i, length - i, coefs + j, relu, False, y + i)
         x += stride
         y += y_stride
 
 
 cdef void affine_runs(
     const floating* x, Py_ssize_t stride, Py_ssize_t x_ahead, Py_ssize_t n_runs, Py_ssize_t length, Py_ssize_t width,
-    const floating* coefs, Py_ssize_t each, bint relu, bint stream,
-    floating* y, Py_ssize_t y_stride, Py_ssize_t y_ahead,
+    const floating* coefs,
+    Py_ssize_t each,           # IN   1: every column has its coefficients, 0: a channel's are there for a whole strip
+    bint relu, bint stream, floating* y, Py_ssize_t y_stride, Py_ssize_t y_ahead,
 ) noexcept nogil:
     """Runs that lie `stride` apart, each of them contiguous, as rows of `width`, the last of them perhaps shorter."""
     # A literal in each branch: a flag tested inside the strip would keep it from being vectorised.
-    if relu and each:
-        affine_runs_as(x, stride, x_ahead, n_runs, length, width, coefs, 1, True, stream, y, y_stride, y_ahead)
-    elif relu:
-        affine_runs_as(x, stride, x_ahead, n_runs, length, width, coefs, 0, True, stream, y, y_stride, y_ahead)
-    elif each:
-        affine_runs_as(x, stride, x_ahead, n_runs, length, width, coefs, 1, False, stream, y, y_stride, y_ahead)
+    if relu:
+        affine_runs_as(x, stride, x_ahead, n_runs, length, width, coefs, each, True, stream, y, y_stride, y_ahead)
     else:
-        affine_runs_as(x, stride, x_ahead, n_runs, length, width, coefs, 0, False, stream, y, y_stride, y_ahead)
+        affine_runs_as(x, stride, x_ahead, n_runs, length, width, coefs, each, False, stream, y, y_stride, y_ahead)
 
 
 cdef inline void affine_run(
@@ -913,7 +909,6 @@ cdef inline void grad_affine_strip(
     const floating* x,         # IN   (n_columns,)
     Py_ssize_t n_columns,
     const floating* coefs,     # IN   at CENTER, SCALE, OFFSET, FACTOR, SLOPE, SHIFT, REST
-    Py_ssize_t each,           # IN   1: every column has its coefficients, 0: one channel's hold for all
     bint relu,
     bint training,
     bint stream,
@@ -921,13 +916,12 @@ cdef inline void grad_affine_strip(
 ) noexcept nogil:
     cdef floating strip[STRIP]
     cdef floating g
-    cdef Py_ssize_t i, j
+    cdef Py_ssize_t j
     for j in range(n_columns):
-        i = j * each
-        g = gate(dy[j], x[j], coefs + i, relu)
+        g = gate(dy[j], x[j], coefs + j, relu)
         if training:
-            g = ((g - coefs[SHIFT + i]) - coefs[REST + i]) - (x[j] - coefs[CENTER + i]) * coefs[SLOPE + i]
-        strip[j] = coefs[FACTOR + i] * g
+            g = ((g - coefs[SHIFT + j]) - coefs[REST + j]) - (x[j] - coefs[CENTER + j]) * coefs[SLOPE + j]
+        strip[j] = coefs[FACTOR + j] * g
     put_strip(grad_x, strip, n_columns, stream)
 
 
@@ -942,7 +936,7 @@ cdef inline void grad_affine_strips(
         prefetch(x + x_ahead)
         if not stream:
             prefetch_write(grad_x + grad_x_ahead)
-        grad_affine_strip(dy, x, STRIP, coefs, each, relu, training, stream, grad_x)
+        grad_affine_strip(dy, x, STRIP, coefs, relu, training, stream, grad_x)
         dy += STRIP
         x += STRIP
         grad_x += STRIP
@@ -960,30 +954,31 @@ cdef inline void grad_affine_runs_as(
         i = j = 0
         if stream:
             i = begin_stream(grad_x, length, each * grad_x_ahead)
-            grad_affine_strip(dy, x, i, coefs, each, relu, training, False, grad_x)
-            j = next_column(0, i, width)
+            grad_affine_strip(dy, x, i, coefs, relu, training, False, grad_x)
+            j = each * next_column(0, i, width)
         while i + STRIP <= length:
             n = strips_ahead(j, width, length - i)
             if stream:
-                grad_affine_strips(dy + i, dy_ahead, x + i, x_ahead, n, coefs + each * j, each, relu, training, True,
+                grad_affine_strips(dy + i, dy_ahead, x + i, x_ahead, n, coefs + j, each, relu, training, True,
                                    grad_x + i, grad_x_ahead)
             else:
-                grad_affine_strips(dy + i, dy_ahead, x + i, x_ahead, n, coefs + each * j, each, relu, training, False,
+                grad_affine_strips(dy + i, dy_ahead, x + i, x_ahead, n, coefs + j, each, relu, training, False,
                                    grad_x + i, grad_x_ahead)
             i += n * STRIP
-            j = next_column(j, n * STRIP, width)
-        grad_affine_strip(dy + i, x + i, length - i, coefs + each * j, each, relu, training, False, grad_x + i)
+            j = each * next_column(j, n * STRIP, width)
+        grad_affine_strip(dy + i, x + i, length - i, coefs + j, relu, training, False, grad_x + i)
         dy += dy_stride
         x += x_stride
         grad_x += grad_x_stride
 
 
-cdef inline void grad_affine_runs_each(
+cdef void grad_affine_runs(
     const floating* dy, Py_ssize_t dy_stride, Py_ssize_t dy_ahead,
     const floating* x, Py_ssize_t x_stride, Py_ssize_t x_ahead, Py_ssize_t n_runs, Py_ssize_t length, Py_ssize_t width,
     const floating* coefs, Py_ssize_t each, bint relu, bint training, bint stream,
     floating* grad_x, Py_ssize_t grad_x_stride, Py_ssize_t grad_x_ahead,
 ) noexcept nogil:
+    """Runs that lie apart, each of them contiguous, as rows of `width`, the last of them perhaps shorter."""
     if relu and training:
         grad_affine_runs_as(dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_runs, length, width, coefs, each,
                             True, True, stream, grad_x, grad_x_stride, grad_x_ahead)
@@ -996,21 +991,6 @@ cdef inline void grad_affine_runs_each(
     else:
         grad_affine_runs_as(dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_runs, length, width, coefs, each,
                             False, False, stream, grad_x, grad_x_stride, grad_x_ahead)
-
-
-cdef void grad_affine_runs(
-    const floating* dy, Py_ssize_t dy_stride, Py_ssize_t dy_ahead,
-    const floating* x, Py_ssize_t x_stride, Py_ssize_t x_ahead, Py_ssize_t n_runs, Py_ssize_t length, Py_ssize_t width,
-    const floating* coefs, Py_ssize_t each, bint relu, bint training, bint stream,
-    floating* grad_x, Py_ssize_t grad_x_stride, Py_ssize_t grad_x_ahead,
-) noexcept nogil:
-    """Runs that lie apart, each of them contiguous, as rows of `width`, the last of them perhaps shorter."""
-    if each:
-        grad_affine_runs_each(dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_runs, length, width, coefs, 1,
-                              relu, training, stream, grad_x, grad_x_stride, grad_x_ahead)
-    else:
-        grad_affine_runs_each(dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_runs, length, width, coefs, 0,
-                              relu, training, stream, grad_x, grad_x_stride, grad_x_ahead)
 
 
 cdef inline void grad_affine_run(
