@@ -61,14 +61,16 @@ LAYOUTS = {
     "broadcast rows": Layout((40, 6, 1), view=lambda x: np.broadcast_to(x, (40, 6, 9))),
 }
 LARGE = Layout((8300, 513))  # more blocks than chunks, and an output that bypasses the caches
-PAST_THE_CACHES = {  # so do those of all these
+PAST_THE_CACHES = {  # the outputs of all these bypass the caches
     "8300x513": LARGE,
     "56003x77": Layout((56_003, 77)),
     "1400003x3": Layout((1_400_003, 3)),
     "NCHW": Layout((11, 130, 57, 53)),
     "inner 31": Layout((2001, 70, 31)),
     "every other row": Layout((180_002, 48), view=lambda x: x[::2], rows=True),
+    "every other row of 24": Layout((360_002, 24), view=lambda x: x[::2], rows=True),
     "some columns": Layout((9001, 620), view=lambda x: x[:, 1:-2], rows=True),
+    "260x16385": Layout((260, 16_385)),  # a last tile of one column
 }
 
 

@@ -102,6 +102,21 @@ def test_roofline_passes_touch_all_of_the_arrays():
     assert side.prepare("forward-out", Data(Case("forward-out", (40, 6)))) is None
 
 
+@pytest.mark.parametrize("nbytes", [1, 63, 64, 1000, 300_007, (1 << 24) + 77])
+@pytest.mark.parametrize("offset", [0, 1, 63])
+def test_bare_passes_at_any_address(nbytes, offset):
+    a, b = np.random.default_rng(0).integers(256, size=(2, nbytes), dtype=np.uint8)
+    memory = np.full(nbytes + 192, 99, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    out = memory[start : start + nbytes]
+    passes.copy(a, out, 2)
+    np.testing.assert_array_equal(out, a)
+    passes.combine(a, b, out, 2)
+    np.testing.assert_array_equal(out, a ^ b)
+    assert (memory[:start] == 99).all()
+    assert (memory[start + nbytes :] == 99).all()
+
+
 def test_other_programs_are_told_of(capfd, monkeypatch):
     monkeypatch.setattr("fastbn.bench.machine._ticks", iter([(0, 0), (10, 6), (10, 6), (30, 26)]).__next__)
     assert run("--quick", "--rounds=1", "--ops=moments", "--shapes=300x5", "--peers=none", "--backends=cython") == 0

@@ -58,12 +58,17 @@ def test_outputs_that_bypass_the_caches(compiled, dtype, layout):
     fastbn.batch_norm_inference(inferred, saved.mean, saved.var, gamma, beta, out=inferred, **options)
     fastbn.batch_norm_backward(grad_x, saved, out=grad_x, backend=compiled)
     for offset in (0, 8, 16, 56):
-        outs = [at_address(np.zeros_like(x), offset) for _ in range(3)]
+        outs = [at_address(np.full_like(x, np.nan), offset) for _ in range(3)]
         fastbn.batch_norm(x, gamma, beta, out=outs[0], **options)
         fastbn.batch_norm_inference(x, saved.mean, saved.var, gamma, beta, out=outs[1], **options)
         fastbn.batch_norm_backward(grad_y, saved, out=outs[2], backend=compiled)
         for name, actual, expected in zip(("y", "inferred", "grad_x"), outs, (y, inferred, grad_x), strict=True):
             assert_same_bits(actual, expected, f"{name} at {offset}")
+            assert is_untouched_around(actual)
+    around = np.full((2 * x.shape[0], *x.shape[1:]), UNTOUCHED, dtype)
+    fastbn.batch_norm(x, gamma, beta, out=around[1::2], **options)
+    assert_same_bits(around[1::2], y, "y in every other row")
+    assert (around[::2] == UNTOUCHED).all()
 
 
 WORK_FOR_64 = {  # 64 KiB for each thread, less than which none is woken for
@@ -134,9 +139,19 @@ def test_in_place(backend, dtype, layout):
         assert_same_bits(actual, expected[name], name)
 
 
+UNTOUCHED = 99
+
+
+def is_untouched_around(copy):
+    """Whether what at_address left free before and behind a copy still is."""
+    memory = copy.base
+    start = copy.ctypes.data - memory.ctypes.data
+    return (memory[:start] == UNTOUCHED).all() and (memory[start + copy.nbytes :] == UNTOUCHED).all()
+
+
 def at_address(values, offset):
     """A copy of values that starts `offset` bytes behind a cache line."""
-    memory = np.empty(values.nbytes + 128, np.uint8)
+    memory = np.full(values.nbytes + 128, UNTOUCHED, np.uint8)
     start = -memory.ctypes.data % 64 + offset
     copy = memory[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
     copy[...] = values

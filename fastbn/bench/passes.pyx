@@ -2,10 +2,11 @@
 """The bare memory passes: loads, stores, and no more arithmetic than keeps the loads from being left out.
 
 The arrays are taken as 64-byte lines, those of the output where there is one, in runs of PIECE lines dealt to the
-threads; bytes before the first and behind the last are left to the calling thread.
+threads; the bytes before the first line and behind the last are left to the calling thread.
 """
 from cython.parallel cimport prange
 from libc.stdint cimport uint64_t, uintptr_t
+from libc.string cimport memcpy
 
 cdef extern from "machine.h" nogil:
     void prefetch(const void* address)
@@ -16,7 +17,7 @@ cdef extern from "machine.h" nogil:
 cdef enum:
     PIECE = 1024          # lines
     AHEAD = 64            # lines
-    STREAM_LINES = 1 << 18  # outputs of so many lines (16 MiB) bypass the caches, as the kernels' do
+    STREAM_BYTES = 1 << 24  # outputs from here on bypass the caches, as the kernels' do
 
 cdef struct Line:
     uint64_t[8] words
@@ -50,7 +51,8 @@ cdef void copy_lines(const Line* x, Line* out, Py_ssize_t n, bint stream) noexce
     for i in range(n):
         prefetch(x + i + AHEAD)
         put_line(out + i, x + i, stream)
-    stream_end()
+    if stream:
+        stream_end()
 
 
 cdef void combine_lines(const Line* a, const Line* b, Line* out, Py_ssize_t n, bint stream) noexcept nogil:
@@ -62,7 +64,8 @@ cdef void combine_lines(const Line* a, const Line* b, Line* out, Py_ssize_t n, b
         for j in range(8):
             value.words[j] = a[i].words[j] ^ b[i].words[j]
         put_line(out + i, &value, stream)
-    stream_end()
+    if stream:
+        stream_end()
 
 
 cdef Py_ssize_t before_line(const unsigned char[::1] out) noexcept:
@@ -71,7 +74,7 @@ cdef Py_ssize_t before_line(const unsigned char[::1] out) noexcept:
 
 
 def read(const unsigned char[::1] x, int threads):
-    """Load x; the exclusive or of its words."""
+    """Load x, but for a part of a line at its end; the exclusive or of its words."""
     cdef Py_ssize_t piece, n = x.shape[0] // sizeof(Line)
     cdef const Line* lines = <const Line*>&x[0]
     cdef uint64_t total = 0
@@ -82,23 +85,28 @@ def read(const unsigned char[::1] x, int threads):
 
 def copy(const unsigned char[::1] x, unsigned char[::1] out, int threads):
     """Copy x to out."""
-    cdef Py_ssize_t skip = before_line(out), piece, n = (x.shape[0] - skip) // sizeof(Line)
+    cdef Py_ssize_t piece, skip = before_line(out), n = (out.shape[0] - skip) // <Py_ssize_t>sizeof(Line)
+    cdef Py_ssize_t done = skip + n * <Py_ssize_t>sizeof(Line)
     cdef const Line* source = <const Line*>(&x[0] + skip)
     cdef Line* target = <Line*>(&out[0] + skip)
+    cdef bint stream = out.shape[0] >= STREAM_BYTES
     for piece in prange((n + PIECE - 1) // PIECE, nogil=True, num_threads=threads, schedule="static"):
-        copy_lines(source + piece * PIECE, target + piece * PIECE, min(PIECE, n - piece * PIECE), n >= STREAM_LINES)
-    out[:skip] = x[:skip]
-    out[skip + n * sizeof(Line):] = x[skip + n * sizeof(Line):]
+        copy_lines(source + piece * PIECE, target + piece * PIECE, min(PIECE, n - piece * PIECE), stream)
+    memcpy(&out[0], &x[0], skip)
+    memcpy(&out[0] + done, &x[0] + done, out.shape[0] - done)
 
 
 def combine(const unsigned char[::1] a, const unsigned char[::1] b, unsigned char[::1] out, int threads):
     """The exclusive or of a and b, to out."""
-    cdef Py_ssize_t i, skip = before_line(out), piece, n = (a.shape[0] - skip) // sizeof(Line)
+    cdef Py_ssize_t piece, i, skip = before_line(out), n = (out.shape[0] - skip) // <Py_ssize_t>sizeof(Line)
     cdef const Line* left = <const Line*>(&a[0] + skip)
     cdef const Line* right = <const Line*>(&b[0] + skip)
     cdef Line* target = <Line*>(&out[0] + skip)
+    cdef bint stream = out.shape[0] >= STREAM_BYTES
     for piece in prange((n + PIECE - 1) // PIECE, nogil=True, num_threads=threads, schedule="static"):
         combine_lines(left + piece * PIECE, right + piece * PIECE, target + piece * PIECE,
-                      min(PIECE, n - piece * PIECE), n >= STREAM_LINES)
-    for i in (*range(skip), *range(skip + n * sizeof(Line), a.shape[0])):
+                      min(PIECE, n - piece * PIECE), stream)
+    for i in range(skip):
+        out[i] = a[i] ^ b[i]
+    for i in range(skip + n * <Py_ssize_t>sizeof(Line), out.shape[0]):
         out[i] = a[i] ^ b[i]

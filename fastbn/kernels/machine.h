@@ -2,8 +2,6 @@
 #ifndef FASTBN_MACHINE_H
 #define FASTBN_MACHINE_H
 
-#include <stddef.h>
-#include <stdint.h>
 #include <string.h>
 
 #if defined(__SSE2__)
@@ -80,7 +78,7 @@ static inline void prefetch_write(const void *address) {
 /* Copies the 64 bytes of a cache line past the caches to target, which is aligned to them. */
 static inline void stream_line(void *target, const void *source) {
 #if defined(__AVX512F__)
-    _mm512_stream_si512((void *)target, _mm512_loadu_si512(source));
+    _mm512_stream_si512(target, _mm512_loadu_si512(source));
 #elif defined(__AVX__)
     for (int part = 0; part < 2; part++)
         _mm256_stream_si256((__m256i *)target + part, _mm256_loadu_si256((const __m256i *)source + part));
@@ -92,7 +90,7 @@ static inline void stream_line(void *target, const void *source) {
 #endif
 }
 
-/* Orders non-temporal stores before what follows; a thread calls it once, after its last one. */
+/* Orders non-temporal stores before what follows; a thread calls it after its last one. */
 static inline void stream_end(void) {
 #if defined(__SSE2__)
     _mm_sfence();

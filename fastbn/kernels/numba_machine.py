@@ -119,7 +119,7 @@ def stream_line(typingctx, target, source):
 
 @intrinsic
 def stream_end(typingctx):
-    """Orders non-temporal stores before what follows; a thread calls it once, after its last one."""
+    """Orders non-temporal stores before what follows; a thread calls it after its last one."""
     def codegen(context, builder, signature, args):
         builder.fence("seq_cst")
         return context.get_dummy_value()

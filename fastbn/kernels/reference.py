@@ -81,6 +81,8 @@ def batch_norm(x, gamma, beta, eps, relu, out, stats, coefs, num_threads):
 def batch_norm_inference(x, mean, var, gamma, beta, eps, relu, out, stats, coefs, num_threads):
     """The same about given statistics."""
     _normalize(x, mean, 0, var, gamma, beta, eps, relu, out, stats, coefs)
+
+
 @_quiet
 def grad_moments(grad_y, x, mean, coefs, relu, sum_dy, sum_dy_xmu, num_threads):
     """sum(dy), sum(dy * (x - mean))."""
