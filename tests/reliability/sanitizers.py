@@ -7,21 +7,26 @@ import subprocess
 import fastbn
 from reliability import builds
 
-TESTS = ["kernels", "contract", "fuzz", "inputs", "memory", "moments", "repeatability"]  # the first for every set
+TESTS = ["kernels", "repeatability", "contract", "fuzz", "inputs", "memory", "moments"]  # the first two for every set
 
 
 def run(tally, scale):
     target = builds.install("sanitize", FASTBN_SANITIZE="address,undefined")
     found = fastbn.show_config(as_dict=True)["instruction_set"]
     for done, name in enumerate(found["compiled"]):
-        files = TESTS if name == found["chosen"] else TESTS[:1]
+        files = TESTS if name == found["chosen"] else TESTS[:2]
         words = ["-k", "not numba and not numpy", *(f"tests/test_{file}.py" for file in files)]
-        builds.pytest(tally, f"tests, {name}", target, words, FASTBN_ISA=name, **environment())
+        builds.pytest(tally, f"tests, {name}", target, words, FASTBN_ISA=name, **environment(name))
         tally.progress((done + 1) / len(found["compiled"]))
 
 
-def environment():
-    """The sanitizers must be loaded before anything else; Python's own allocator would hide errors from them."""
+def environment(name):
+    """The sanitizers must be loaded before anything else; Python's own allocator would hide errors from them.
+
+    What finds use after return puts variables on a stack of its own, which GCC 12 aligns to 32 bytes for code that loads
+    from multiples of 64: the AVX-512 kernels crash on it (vmovdqa64, 32 mod 64). The other sets are the same source.
+    """
+    after_return = int(name != "avx512")
     libraries = [
         subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
@@ -29,6 +34,6 @@ def environment():
     return {
         "LD_PRELOAD": " ".join(libraries),
         "PYTHONMALLOC": "malloc",
-        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=1",
+        "ASAN_OPTIONS": f"detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return={after_return}",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
