@@ -7,7 +7,8 @@ import subprocess
 import fastbn
 from reliability import builds
 
-TESTS = ["kernels", "repeatability", "contract", "fuzz", "inputs", "memory", "moments"]  # the first two for every set
+# the first two for every set
+TESTS = ["kernels", "repeatability", "contract", "fuzz", "inputs", "memory", "moments"]
 
 
 def run(tally, scale):
@@ -23,8 +24,8 @@ def run(tally, scale):
 def environment(name):
     """The sanitizers must be loaded before anything else; Python's own allocator would hide errors from them.
 
-    What finds use after return puts variables on a stack of its own, which GCC 12 aligns to 32 bytes for code that loads
-    from multiples of 64: the AVX-512 kernels crash on it (vmovdqa64, 32 mod 64). The other sets are the same source.
+    What finds use after return puts variables on a stack of its own, which GCC 12 aligns to 32 bytes for code that
+    loads from multiples of 64: the AVX-512 kernels crash on it. The other sets are compiled from the same source.
     """
     after_return = int(name != "avx512")
     libraries = [
