@@ -60,7 +60,7 @@ def _choose() -> ModuleType:
 
 def _load(name: str) -> ModuleType:
     if name not in _loaded:
-        module = _cython_module() if name == "cython" else {"numba": "numba_kernels", "numpy": "reference"}[name]
+        module = _cython_module() if name == "cython" else {"numba": "numba_calls", "numpy": "reference"}[name]
         try:
             _loaded[name] = importlib.import_module(f"fastbn.kernels.{module}")
         except ImportError as error:

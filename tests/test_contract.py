@@ -2,7 +2,9 @@
 
 import importlib
 import inspect
+import shutil
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from fastbn import _dispatch
 from fastbn.accuracy.oracle import exact_sum
 from fastbn.kernels import reference
 
-MODULES = ["reference", "numba_kernels", *(f"_cython_{name}" for name in _dispatch.INSTRUCTION_SETS)]
+MODULES = ["reference", "numba_calls", *(f"_cython_{name}" for name in _dispatch.INSTRUCTION_SETS)]
 KERNELS = [
     "moments", "affine", "grad_moments", "grad_affine", "batch_norm", "batch_norm_inference", "batch_norm_backward",
 ]
@@ -220,3 +222,18 @@ def test_an_instruction_set_that_is_not_there_is_an_error(monkeypatch, found):
         monkeypatch.setenv("FASTBN_ISA", name)
         with pytest.raises(ValueError, match=rf"FASTBN_ISA must be one of .*baseline.* got '{name}'"):
             _dispatch.instruction_set()
+
+
+@pytest.mark.parametrize("name", ["numba_machine.py", "numba_kernels.py", "numba_calls.py"])
+def test_what_numba_keeps_on_disk_is_named_after_all_it_is_compiled_from(monkeypatch, tmp_path, name):
+    calls = load("numba_calls")
+    word_of = calls.sources.__wrapped__  # as a fresh process would ask
+    for file in Path(calls.__file__).parent.glob("numba_*.py"):
+        shutil.copy(file, tmp_path)
+    monkeypatch.setattr(calls, "__file__", str(tmp_path / "numba_calls.py"))
+    before = word_of()
+    assert before == calls.sources()
+    for driver, _ in calls.compiled:
+        assert driver.__qualname__ == f"{driver.__name__}_{before}"
+    (tmp_path / name).write_text((tmp_path / name).read_text() + "# changed\n")
+    assert word_of() != before

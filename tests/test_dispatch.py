@@ -145,7 +145,7 @@ def without(monkeypatch):
         loaded = {k: v for k, v in _dispatch._loaded.items() if k not in names}
         monkeypatch.setattr(_dispatch, "_loaded", loaded)
         monkeypatch.setattr(_dispatch, "_auto", None)
-        modules = {"cython": [f"_cython_{isa}" for isa in _dispatch.INSTRUCTION_SETS], "numba": ["numba_kernels"]}
+        modules = {"cython": [f"_cython_{isa}" for isa in _dispatch.INSTRUCTION_SETS], "numba": ["numba_calls"]}
         for module in (module for name in names for module in modules[name]):
             monkeypatch.setitem(sys.modules, f"fastbn.kernels.{module}", None)
     return block

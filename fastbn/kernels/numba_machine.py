@@ -1,8 +1,6 @@
 """What the Numba kernels need of the compiler and the machine, and Numba has no word for; machine.h is its twin.
 
 How functions are compiled; pointers, arrays on the stack, prefetches and stores past the caches; calls by address.
-
-Numba's cache looks at the age of numba_kernels.py alone: touch that file too after a change here.
 """
 
 from llvmlite import ir
