@@ -53,8 +53,8 @@ from fastbn.kernels.numba_machine import (
 # Teams: a call is a few stages, each of a worker's address, its job's address, and 1 if it is worth a team, else 0.
 # Where tiles divide about evenly and are not strips of many rows, a thread has its own and takes them one by one
 # through all the stages: nobody waits, there is one parallel region, and a tile that fits its cache is read from memory
-# once (32x256x14x14: forward 17 %, backward 23 %). Otherwise the threads share the tasks of all tiles, in a region for
-# each stage. Either way a thread gets the same tasks in both passes, in the second in reverse order. There is no
+# once (32x256x14x14: forward 17 %, backward 23 %). Otherwise the threads share all tiles, in a region for each stage.
+# Either way a thread gets about the same data in both passes, in the second in reverse order. There is no
 # barrier inside a region: its threads may run one after the other.
 # ---------------------------------------------------------------------------------------------------------------------
 

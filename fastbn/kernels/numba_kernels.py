@@ -102,6 +102,13 @@ class Block(NamedTuple):
     length: int
 
 
+class Band(NamedTuple):  # what one thread does of an elementwise pass: of the tasks
+    first: int        # from here
+    last: int         # up to here
+    row: int          # the rows from here
+    end: int          # up to here
+
+
 @helper
 def ceil_div(a, b):
     return (a + b - 1) // b
@@ -139,6 +146,14 @@ def block_at(plan, index):
     row = index // plan.n_segments * plan.block_outer
     start = index % plan.n_segments * plan.block_inner
     return Block(row, min(plan.block_outer, plan.outer - row), start, min(plan.block_inner, plan.inner - start))
+
+
+@helper
+def block_within(plan, index, band):
+    """Of the block those rows that are in the band, perhaps none."""
+    block = block_at(plan, index)
+    row, end = max(block.row, band.row), min(block.row + block.n_rows, band.end)
+    return Block(row, max(0, end - row), block.start, block.length)
 
 
 @helper
@@ -627,7 +642,7 @@ def affine_run(x, x_ahead, length, width, coefs, each, relu, route, buffer, y, y
 
 @inline
 def affine_task(
-    x, stride, plan, chunk, tile,
+    x, stride, plan, band, chunk, tile,
     channel_coefs,  # IN   (3, channels): center, scale, offset
     relu, route,
     y, y_stride,
@@ -649,7 +664,7 @@ def affine_task(
     row_route = DIRECT if route == STREAMED and not whole else route
     # Backwards: the end of the chunk, read last by moments_task, is still in the cache.
     for index in range(min((chunk + 1) * plan.chunk, plan.n_blocks) - 1, chunk * plan.chunk - 1, -1):
-        block = block_at(plan, index)
+        block = block_within(plan, index, band)
         last = block.row + block.n_rows
         if plan.by_inner:
             for r in range(block.row, last):
@@ -937,7 +952,7 @@ def grad_affine_run(
 
 @inline
 def grad_affine_task(
-    dy, dy_stride, x, x_stride, plan, chunk, tile,
+    dy, dy_stride, x, x_stride, plan, band, chunk, tile,
     channel_coefs,  # IN   (3, channels): center, scale, offset
     linear,         # IN   (4, channels): factor, slope, shift, rest
     relu, training, route,
@@ -963,7 +978,7 @@ def grad_affine_task(
     whole = plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride)
     row_route = DIRECT if route == STREAMED and not whole else route
     for index in range(min((chunk + 1) * plan.chunk, plan.n_blocks) - 1, chunk * plan.chunk - 1, -1):
-        block = block_at(plan, index)
+        block = block_within(plan, index, band)
         last = block.row + block.n_rows
         if plan.by_inner:
             for r in range(block.row, last):
@@ -1007,7 +1022,7 @@ class Part(NamedTuple):
 @helper
 def has_own_tiles(plan, n_workers):
     even = plan.n_tiles % n_workers == 0 or plan.n_tiles >= 8 * n_workers
-    return even and (plan.by_inner or plan.n_chunks == 1)
+    return even and (plan.by_inner or plan.n_chunks == 1)  # one tile a thread, too: a region costs more than it saves
 
 
 @helper
@@ -1021,6 +1036,18 @@ def channel_share(plan, part, further):
     """The same for the part's channels."""
     c0 = part.tile * plan.tile
     return c0 + share(min(part.n_tiles * plan.tile, plan.channels - c0), part, further)
+
+
+@helper
+def band_of(plan, part):
+    """Its tasks of the first pass; but where columns are swept, the tasks of its share of the rows, for threads that
+    write the same rows take lines from each other: the processor fetches ahead over the end of a tile."""
+    if plan.by_inner:
+        n_tasks = plan.n_chunks * part.n_tiles
+        return Band(share(n_tasks, part, 0), share(n_tasks, part, 1), 0, plan.outer)
+    rows = plan.chunk * plan.block_outer
+    row, end = share(plan.outer, part, 0), share(plan.outer, part, 1)
+    return Band(row // rows * part.n_tiles, ceil_div(end, rows) * part.n_tiles, row, end)
 
 
 def moments_worker(part, job):
@@ -1053,9 +1080,9 @@ def normalize_worker(part, job):
 def affine_worker(part, job):
     part = loaded(part)
     x, stride, plan, coefs, relu, route, y, y_stride = loaded(job)
-    n_tasks = plan.n_chunks * part.n_tiles
-    for task in range(share(n_tasks, part, 1) - 1, share(n_tasks, part, 0) - 1, -1):
-        affine_task(x, stride, plan, task // part.n_tiles, part.tile + task % part.n_tiles, coefs, relu, route,
+    band = band_of(plan, part)
+    for task in range(band.last - 1, band.first - 1, -1):
+        affine_task(x, stride, plan, band, task // part.n_tiles, part.tile + task % part.n_tiles, coefs, relu, route,
                     y, y_stride)
 
 
@@ -1086,10 +1113,10 @@ def gradient_worker(part, job):
 def grad_affine_worker(part, job):
     part = loaded(part)
     dy, dy_stride, x, x_stride, plan, coefs, linear, relu, training, route, grad_x, grad_x_stride = loaded(job)
-    n_tasks = plan.n_chunks * part.n_tiles
-    for task in range(share(n_tasks, part, 1) - 1, share(n_tasks, part, 0) - 1, -1):
-        grad_affine_task(dy, dy_stride, x, x_stride, plan, task // part.n_tiles, part.tile + task % part.n_tiles,
-                         coefs, linear, relu, training, route, grad_x, grad_x_stride)
+    band = band_of(plan, part)
+    for task in range(band.last - 1, band.first - 1, -1):
+        grad_affine_task(dy, dy_stride, x, x_stride, plan, band, task // part.n_tiles,
+                         part.tile + task % part.n_tiles, coefs, linear, relu, training, route, grad_x, grad_x_stride)
 
 
 # What a job is, b: bool, i: integer, f: float64, p: plan, x: pointer to the data's type, d: pointer to float64.
