@@ -514,8 +514,9 @@ def spread_rows(
     for i in range(n):
         row = at(wide, i * PITCH)
         spread(at(rows, i * plan.channels + c0), channels, repeat, plan.fold, row)
-        for j in range(PIECE):
-            row[width + j] = row[j]
+        if not plan.by_inner:
+            for j in range(PIECE):
+                row[width + j] = row[j]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -685,8 +686,6 @@ def affine_task(
             for r in range(block.row, last):
                 affine_run(at(x, r * stride), x_ahead, width, width, coefs, each, relu,
                            row_route, buffer, at(y, r * y_stride), y_ahead)
-    if route == STREAMED:
-        stream_end()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1003,8 +1002,6 @@ def grad_affine_task(
                 grad_affine_run(at(dy, r * dy_stride), dy_ahead, at(x, r * x_stride), x_ahead, width, width,
                                 coefs, each, relu, training, row_route, buffer,
                                 at(grad_x, r * grad_x_stride), grad_x_ahead)
-    if route == STREAMED:
-        stream_end()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1084,6 +1081,8 @@ def affine_worker(part, job):
     for task in range(band.last - 1, band.first - 1, -1):
         affine_task(x, stride, plan, band, task // part.n_tiles, part.tile + task % part.n_tiles, coefs, relu, route,
                     y, y_stride)
+    if route == STREAMED:
+        stream_end()
 
 
 def grad_moments_worker(part, job):
@@ -1117,6 +1116,8 @@ def grad_affine_worker(part, job):
     for task in range(band.last - 1, band.first - 1, -1):
         grad_affine_task(dy, dy_stride, x, x_stride, plan, band, task // part.n_tiles,
                          part.tile + task % part.n_tiles, coefs, linear, relu, training, route, grad_x, grad_x_stride)
+    if route == STREAMED:
+        stream_end()
 
 
 # What a job is, b: bool, i: integer, f: float64, p: plan, x: pointer to the data's type, d: pointer to float64.
