@@ -124,17 +124,18 @@ def written(path: Path, text: str) -> str:
     return str(path)
 
 
-def bench_passes(compiler: list[str], linker: list[str]) -> Extension:
+def bench_passes(compiler: list[str], linker: list[str], switches: str) -> Extension:
     """The bare memory passes that `fastbn bench` measures beside the kernels."""
     return Extension(
         "fastbn.bench.passes", ["fastbn/bench/passes.pyx"], include_dirs=[str(KERNELS)],
-        depends=[str(KERNELS / "machine.h")], extra_compile_args=compiler, extra_link_args=linker,
+        depends=[str(KERNELS / "machine.h"), switches], extra_compile_args=compiler, extra_link_args=linker,
     )
 
 
 def extensions() -> list[Extension]:
     compiler, linker = flags()
-    switches = " ".join(f"{name}={os.environ.get(f'FASTBN_{name}', '')}" for name in ("OPENMP", "SANITIZE", "DEBUG"))
+    chosen = " ".join(f"{name}={os.environ.get(f'FASTBN_{name}', '')}" for name in ("OPENMP", "SANITIZE", "DEBUG"))
+    switches = written(BUILD / "switches", chosen)  # other ones: everything is built again
     depends = [str(KERNELS / name) for name in ("cython_kernels.pyx", "cython_calls.pyx", "machine.h")]
     return [
         Extension(
@@ -142,12 +143,12 @@ def extensions() -> list[Extension]:
             [source(name)],
             include_dirs=[numpy.get_include(), str(KERNELS)],
             define_macros=MACROS,
-            depends=[*depends, written(BUILD / "switches", switches)],
+            depends=[*depends, switches],
             extra_compile_args=compiler + isa_flags,
             extra_link_args=linker,
         )
         for name, isa_flags in instruction_sets().items()
-    ] + [bench_passes(compiler, linker)]
+    ] + [bench_passes(compiler, linker, switches)]
 
 
 setup(
