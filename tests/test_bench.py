@@ -117,6 +117,40 @@ def test_bare_passes_at_any_address(nbytes, offset):
     assert (memory[start + nbytes :] == 99).all()
 
 
+@pytest.mark.parametrize("width", [64, 72, 100, 256, 777])
+@pytest.mark.parametrize("n_rows", [1, 2, 129, 1000])
+@pytest.mark.parametrize("offset", [0, 3, 16, 63])
+def test_bare_passes_of_rows_apart(n_rows, width, offset):
+    x = np.random.default_rng(0).integers(256, size=(n_rows, 2 * width + 5), dtype=np.uint8)[:, 5 : 5 + width]
+    memory = np.full(x.size + 192, 99, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    passes.copy_rows(x, memory[start : start + x.size], 2)
+    np.testing.assert_array_equal(memory[start : start + x.size], x.ravel())
+    assert (memory[:start] == 99).all()
+    assert (memory[start + x.size :] == 99).all()
+    words = np.ascontiguousarray(x[:, : width // 64 * 64]).view(np.uint64)
+    assert passes.read_rows(x, 2) == np.bitwise_xor.reduce(words, axis=None)
+
+
+def test_bare_passes_past_the_caches_of_rows_apart():
+    x = np.random.default_rng(0).integers(1 << 62, size=(2 * 65_537, 33))[::2]
+    out = np.zeros(x.nbytes, np.uint8)
+    assert out.nbytes >= 1 << 24
+    passes.copy_rows(x.view(np.uint8), out, 2)
+    np.testing.assert_array_equal(out.view(x.dtype), x.ravel())
+
+
+def test_the_roofline_of_rows_apart():
+    side = roofline.Roofline(threads=2)
+    d = Data(Case("layouts", (10_000, 48), "float32", "rows"))
+    side.prepare("layouts", d)()
+    np.testing.assert_array_equal(d.out, d.x)
+    assert side.prepare("backward-out", d) is None
+    assert side.prepare("layouts", Data(Case("layouts", (100_000, 15), "float32", "rows"))) is None
+    with pytest.raises(ValueError, match="expected rows of 64 bytes or more"):
+        passes.read_rows(np.zeros((4, 60), np.uint8), 2)
+
+
 def test_other_programs_are_told_of(capfd, monkeypatch):
     monkeypatch.setattr("fastbn.bench.machine._ticks", iter([(0, 0), (10, 6), (10, 6), (30, 26)]).__next__)
     assert run("--quick", "--rounds=1", "--ops=moments", "--shapes=300x5", "--peers=none", "--backends=cython") == 0
@@ -295,7 +329,7 @@ def test_targets_are_judged():
         result_of("forward-out", "65536x256", cython=2, numba=3, torch=3, roofline=1.9),
         result_of("backward", "65536x256", cython=2, torch=3),
         result_of("layouts", "62500x64", cython=1),
-        result_of("layouts", "62500x64:F", cython=1.6),
+        result_of("layouts", "62500x64:F", cython=1.6, roofline=1.4),
     ]
     found = {(one.op, one.what): one for one in targets.verdicts(results)}
     assert found["forward-out", "torch/fastbn"].met
@@ -303,6 +337,9 @@ def test_targets_are_judged():
     assert not found["backward", "torch/fastbn"].met
     assert found["forward-out", "fastbn/roofline"].ratio == pytest.approx(2 / 1.9)
     assert found["forward-out", "fastbn/roofline"].met
+    assert found["forward-out", "torch/fastbn"].at_roofline == pytest.approx(3 / 1.9)
+    assert found["backward", "torch/fastbn"].at_roofline is None
+    assert found["layouts", "per byte, to 62500x64"].at_roofline == pytest.approx(1.4)
     assert not found["forward-out", "numba/cython, the worst"].met
     assert not found["layouts", "per byte, to 62500x64"].met
     assert len(found) == 5

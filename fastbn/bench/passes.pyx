@@ -2,7 +2,8 @@
 """The bare memory passes: loads, stores, and no more arithmetic than keeps the loads from being left out.
 
 The arrays are taken as 64-byte lines, those of the output where there is one, in runs of PIECE lines dealt to the
-threads; the bytes before the first line and behind the last are left to the calling thread.
+threads; the bytes before the first line and behind the last are left to the calling thread. Rows that lie apart are
+taken one by one, ROWS of them dealt to a thread.
 """
 from cython.parallel cimport prange
 from libc.stdint cimport uint64_t, uintptr_t
@@ -16,6 +17,7 @@ cdef extern from "machine.h" nogil:
 
 cdef enum:
     PIECE = 1024          # lines
+    ROWS = 128
     AHEAD = 64            # lines
     STREAM_BYTES = 1 << 24  # outputs from here on bypass the caches, as the kernels' do
 
@@ -23,14 +25,14 @@ cdef struct Line:
     uint64_t[8] words
 
 
-cdef uint64_t read_lines(const Line* x, Py_ssize_t n) noexcept nogil:
+cdef uint64_t read_lines(const Line* x, Py_ssize_t n, Py_ssize_t ahead) noexcept nogil:
     cdef Line found
     cdef uint64_t total = 0
     cdef Py_ssize_t i, j
     for j in range(8):
         found.words[j] = 0
     for i in range(n):
-        prefetch(x + i + AHEAD)
+        prefetch(x + i + ahead)
         for j in range(8):
             found.words[j] ^= x[i].words[j]
     for j in range(8):
@@ -46,13 +48,11 @@ cdef inline void put_line(Line* out, const Line* value, bint stream) noexcept no
         out[0] = value[0]
 
 
-cdef void copy_lines(const Line* x, Line* out, Py_ssize_t n, bint stream) noexcept nogil:
+cdef void copy_lines(const Line* x, Line* out, Py_ssize_t n, Py_ssize_t ahead, bint stream) noexcept nogil:
     cdef Py_ssize_t i
     for i in range(n):
-        prefetch(x + i + AHEAD)
+        prefetch(x + i + ahead)
         put_line(out + i, x + i, stream)
-    if stream:
-        stream_end()
 
 
 cdef void combine_lines(const Line* a, const Line* b, Line* out, Py_ssize_t n, bint stream) noexcept nogil:
@@ -73,13 +73,69 @@ cdef Py_ssize_t before_line(const unsigned char[::1] out) noexcept:
     return min(out.shape[0], <Py_ssize_t>(-<uintptr_t>&out[0] % sizeof(Line)))
 
 
+cdef uint64_t read_some_rows(
+    const unsigned char* x, Py_ssize_t stride, Py_ssize_t width, Py_ssize_t n_rows, Py_ssize_t ahead,
+) noexcept nogil:
+    cdef Py_ssize_t _row
+    cdef uint64_t total = 0
+    for _row in range(n_rows):
+        total ^= read_lines(<const Line*>x, width // <Py_ssize_t>sizeof(Line), ahead)
+        x += stride
+    return total
+
+
+cdef inline void take_line(
+    const unsigned char* x, Py_ssize_t left, const unsigned char* following, unsigned char* line,
+) noexcept nogil:
+    """The line that has `left` bytes in a row, and the others in the following one."""
+    cdef Py_ssize_t j
+    if left % 8 == 0:
+        for j in range(8):
+            memcpy(line + 8 * j, x + 8 * j if 8 * j < left else following + 8 * j - left, 8)
+    else:
+        memcpy(line, x, left)
+        memcpy(line + left, following, sizeof(Line) - left)
+
+
+cdef void copy_some_rows(
+    const unsigned char* x, Py_ssize_t stride, Py_ssize_t width, unsigned char* out, Py_ssize_t n_rows,
+    Py_ssize_t ahead, bint stream,
+) noexcept nogil:
+    """To rows that lie one behind the other: by its lines, which may lie across the end of a row."""
+    cdef Line line
+    cdef Py_ssize_t n, start = <Py_ssize_t>(-<uintptr_t>out % sizeof(Line))
+    memcpy(out, x, start)
+    while n_rows > 1:
+        n = (width - start) // <Py_ssize_t>sizeof(Line)
+        copy_lines(<const Line*>(x + start), <Line*>(out + start), n, ahead, stream)
+        start += n * <Py_ssize_t>sizeof(Line)
+        if start < width:
+            take_line(x + start, width - start, x + stride, <unsigned char*>&line)
+            put_line(<Line*>(out + start), &line, stream)
+            start += sizeof(Line)
+        start -= width
+        x += stride
+        out += width
+        n_rows -= 1
+    memcpy(out + start, x + start, width - start)
+    if stream:
+        stream_end()
+
+
+cdef Py_ssize_t rows_ahead(const unsigned char[:, :] x):
+    """In lines: to what is AHEAD lines further on, not counting those between the rows."""
+    if x.shape[1] < <Py_ssize_t>sizeof(Line) or x.strides[1] != 1:
+        raise ValueError(f"expected rows of {sizeof(Line)} bytes or more, one behind the other")
+    return max(1, AHEAD * <Py_ssize_t>sizeof(Line) // x.shape[1]) * (x.strides[0] // <Py_ssize_t>sizeof(Line))
+
+
 def read(const unsigned char[::1] x, int threads):
     """Load x, but for a part of a line at its end; the exclusive or of its words."""
     cdef Py_ssize_t piece, n = x.shape[0] // sizeof(Line)
     cdef const Line* lines = <const Line*>&x[0]
     cdef uint64_t total = 0
     for piece in prange((n + PIECE - 1) // PIECE, nogil=True, num_threads=threads, schedule="static"):
-        total ^= read_lines(lines + piece * PIECE, min(PIECE, n - piece * PIECE))
+        total ^= read_lines(lines + piece * PIECE, min(PIECE, n - piece * PIECE), AHEAD)
     return total
 
 
@@ -91,9 +147,29 @@ def copy(const unsigned char[::1] x, unsigned char[::1] out, int threads):
     cdef Line* target = <Line*>(&out[0] + skip)
     cdef bint stream = out.shape[0] >= STREAM_BYTES
     for piece in prange((n + PIECE - 1) // PIECE, nogil=True, num_threads=threads, schedule="static"):
-        copy_lines(source + piece * PIECE, target + piece * PIECE, min(PIECE, n - piece * PIECE), stream)
+        copy_lines(source + piece * PIECE, target + piece * PIECE, min(PIECE, n - piece * PIECE), AHEAD, stream)
+        if stream:
+            stream_end()
     memcpy(&out[0], &x[0], skip)
     memcpy(&out[0] + done, &x[0] + done, out.shape[0] - done)
+
+
+def read_rows(const unsigned char[:, :] x, int threads):
+    """Load the rows of x, but for a part of a line at their ends; the exclusive or of their words."""
+    cdef Py_ssize_t piece, n = x.shape[0], width = x.shape[1], ahead = rows_ahead(x)
+    cdef uint64_t total = 0
+    for piece in prange((n + ROWS - 1) // ROWS, nogil=True, num_threads=threads, schedule="static"):
+        total ^= read_some_rows(&x[piece * ROWS, 0], x.strides[0], width, min(ROWS, n - piece * ROWS), ahead)
+    return total
+
+
+def copy_rows(const unsigned char[:, :] x, unsigned char[::1] out, int threads):
+    """Copy the rows of x, of a line or more, to out, where they lie one behind the other."""
+    cdef Py_ssize_t piece, n = x.shape[0], width = x.shape[1], ahead = rows_ahead(x)
+    cdef bint stream = out.shape[0] >= STREAM_BYTES
+    for piece in prange((n + ROWS - 1) // ROWS, nogil=True, num_threads=threads, schedule="static"):
+        copy_some_rows(&x[piece * ROWS, 0], x.strides[0], width, &out[piece * ROWS * width],
+                       min(ROWS, n - piece * ROWS), ahead, stream)
 
 
 def combine(const unsigned char[::1] a, const unsigned char[::1] b, unsigned char[::1] out, int threads):

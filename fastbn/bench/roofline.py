@@ -29,6 +29,7 @@ PASSES: dict[str, tuple[str, ...]] = {
 }
 ARRAYS_MOVED = {"read x": 1, "copy": 2, "read both": 2, "combine": 3}
 FROM_BYTES = 250_000  # below, waking the threads takes as long as the passes
+LINE_BYTES = 64  # what passes.pyx takes at a time
 
 
 def bytes_moved(case: Case) -> int:
@@ -44,8 +45,9 @@ class Roofline:
         return {}
 
     def prepare(self, op: str, d: Data) -> Callable[[], Any] | None:
-        """The call that is timed; None for small or strided arrays."""
-        if d.layout == "rows" or d.x.nbytes < FROM_BYTES:
+        """The call that is timed; None for small arrays, and for rows apart that passes.pyx does not take."""
+        apart = d.layout == "rows"
+        if d.x.nbytes < FROM_BYTES or (apart and (d.x[0].nbytes < LINE_BYTES or "combine" in PASSES[op])):
             return None
         calls = [call for name in PASSES[op] for call in self._pass(name, d)]
 
@@ -60,6 +62,10 @@ class Roofline:
 
     def _pass(self, name: str, d: Data) -> list[Callable[[], Any]]:
         """The calls of a pass."""
+        if d.layout == "rows":
+            rows = d.x.view(np.uint8)  # bytes along the last axis
+            run = {"read x": partial(passes.read_rows, rows), "copy": partial(passes.copy_rows, rows, _bytes(d.out))}
+            return [partial(run[name], self.threads)]
         if name == "read x":
             return [partial(passes.read, _bytes(d.x), self.threads)]
         if name == "read both":

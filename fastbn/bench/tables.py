@@ -94,12 +94,13 @@ def _targets(results: list[Result]) -> Table:
             f"{one.ratio:.2f}",
             f"{'<=' if one.at_most else '>='} {one.bound:g}",
             f"{one.aim:g}",
+            "-" if one.at_roofline is None else f"{one.at_roofline:.2f}",
             ("yes, and the aim" if one.aim_met and one.aim != one.bound else "yes") if one.met else "NO",
         ]
         for one in verdicts(results)
     ]
     met = sum(row[-1] != "NO" for row in rows)
-    header = ["operation", "array", "ratio", "measured", "target", "aim", "met"]
+    header = ["operation", "array", "ratio", "measured", "target", "aim", "at the roofline", "met"]
     return Table(f"targets: {met} of {len(rows)} met", header, rows)
 
 

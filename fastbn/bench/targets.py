@@ -52,7 +52,8 @@ LAYOUT_LIMIT = 1.5  # ... per byte, of the plain layout of that size
 
 @dataclass(frozen=True)
 class Verdict:
-    """One target and what was measured. `bound` is a least ratio, or a most where `at_most`."""
+    """One target and what was measured. `bound` is a least ratio, or a most where `at_most`; `at_roofline` is what
+    the ratio would be if fastbn took just the time of the bare memory passes, where they were measured."""
 
     op: str
     array: str
@@ -61,6 +62,7 @@ class Verdict:
     bound: float
     aim: float
     at_most: bool = False
+    at_roofline: float | None = None
 
     @property
     def met(self) -> bool:
@@ -83,14 +85,18 @@ def _peers(results: list[Result]) -> list[Verdict]:
         for array in target.arrays:
             result = by_case.get((target.op, array))
             ratio = result.ratio(target.peer) if result else None
+            limit = result.ratio(target.peer, "roofline") if result else None
             if ratio is not None:
-                found.append(Verdict(target.op, array, f"{target.peer}/fastbn", ratio, target.least, target.aim))
+                found.append(Verdict(target.op, array, f"{target.peer}/fastbn", ratio, target.least, target.aim,
+                                     at_roofline=limit))
     return found
 
 
-def _at_most(result: Result, what: str, ratio: float | None, limit: float) -> list[Verdict]:
-    case = result.case
-    return [] if ratio is None else [Verdict(case.op, case.array, what, ratio, limit, limit, at_most=True)]
+def _at_most(
+    result: Result, what: str, ratio: float | None, limit: float, at_roofline: float | None = None
+) -> list[Verdict]:
+    op, array = result.case.op, result.case.array
+    return [] if ratio is None else [Verdict(op, array, what, ratio, limit, limit, True, at_roofline)]
 
 
 def _roofline(results: list[Result]) -> list[Verdict]:
@@ -121,10 +127,11 @@ def _layouts(results: list[Result]) -> list[Verdict]:
         base = bases.get(round(result.case.nbytes / 1e6))
         if base is not None and base is not result:
             ratio = _per_byte(result) / _per_byte(base)
-            found += _at_most(result, f"per byte, to {base.case.array}", ratio, LAYOUT_LIMIT)
+            slow = result.ratio(str(result.best), "roofline")
+            limit = ratio / slow if slow else None
+            found += _at_most(result, f"per byte, to {base.case.array}", ratio, LAYOUT_LIMIT, limit)
     return found
 
 
 def _per_byte(result: Result) -> float:
-    assert result.best
-    return result.seconds[result.best] / result.case.nbytes
+    return result.seconds[str(result.best)] / result.case.nbytes
