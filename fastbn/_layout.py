@@ -207,6 +207,11 @@ def same_place(a: NDArray[Any], b: NDArray[Any]) -> bool:
     return a.ctypes.data == b.ctypes.data and a.strides == b.strides
 
 
+def apart(values: Any, out: NDArray[Any]) -> Any:
+    """A vector or None, copied where it may lie in out, which is written before all of the vector is read."""
+    return values if values is None or not np.may_share_memory(values, out) else values.copy()
+
+
 def overlap(a: NDArray[Any], b: NDArray[Any]) -> bool:
     if not np.may_share_memory(a, b):
         return False

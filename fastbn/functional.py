@@ -135,6 +135,7 @@ def batch_norm(
     eps = _layout.epsilon(eps)
     relu = _layout.uses_relu(activation)
     y, y_view = _layout.output(out, layout, x)
+    gamma, beta = _layout.apart(gamma, y), _layout.apart(beta, y)
     if layout.n_values == 1 and layout.channels:
         raise ValueError(
             f"x must have more than one value per channel in training, got shape {x.shape} with axis={axis}; "
@@ -216,6 +217,7 @@ def normalize(
     if (var < 0).any():
         raise ValueError(f"var must be >= 0, got {var.min()}")
     y, y_view = _layout.output(out, layout, x)
+    mean, var, gamma, beta = (_layout.apart(values, y) for values in (mean, var, gamma, beta))
 
     stats = np.full((3, layout.channels), np.nan)
     coefs = np.full((3, layout.channels), np.nan, x.dtype)

@@ -336,6 +336,11 @@ cdef inline bint is_plain_output(out, cnp.ndarray source) noexcept:
         and (cnp.PyArray_DATA(<cnp.ndarray>out) == cnp.PyArray_DATA(source) or is_apart(<cnp.ndarray>out, source)))
 
 
+cdef inline bint is_apart_from(values, out) noexcept:
+    """A vector shares no memory with out, which is written before all of the vector is read."""
+    return values is None or out is None or is_apart(<cnp.ndarray>values, <cnp.ndarray>out)
+
+
 cdef Plan plain_plan(cnp.ndarray x, axis):
     """The plan, with channels = 0 where x is empty or the axis is not a plain one."""
     cdef Py_ssize_t outer = 1, inner = 1
@@ -364,19 +369,18 @@ cdef inline cnp.ndarray new_rows(Py_ssize_t rows, Py_ssize_t channels, int typen
     return cnp.PyArray_EMPTY(2, shape, typenum, 0)
 
 
-cdef inline bint copy_statistics(values, Py_ssize_t channels, double* target) noexcept:
-    """float32 or float64 values into target; False where they are neither."""
+cdef inline const double* statistics_of(values, Py_ssize_t channels, double* memory) noexcept:
+    """float32 or float64 values as float64, in memory if they are not so already; NULL where they are neither."""
     cdef Py_ssize_t c
     if values is None:
-        return False
+        return NULL
     if is_plain_vector(values, channels, cnp.NPY_FLOAT64):
-        memcpy(target, data_of(values), channels * sizeof(double))
-        return True
+        return <const double*>data_of(values)  # copied, they are one thread's work (32x4096: 54 us instead of 41)
     if is_plain_vector(values, channels, cnp.NPY_FLOAT32):
         for c in range(channels):
-            target[c] = (<float*>data_of(values))[c]
-        return True
-    return False
+            memory[c] = (<float*>data_of(values))[c]
+        return memory
+    return NULL
 
 
 def whole_batch_norm(
@@ -393,7 +397,7 @@ def whole_batch_norm(
     typenum = cnp.PyArray_TYPE(<cnp.ndarray>x)
     if not (plan.channels and plan.outer * plan.inner > 1 and 0 <= <double>eps < INFINITY
             and is_plain_vector(gamma, plan.channels, typenum) and is_plain_vector(beta, plan.channels, typenum)
-            and is_plain_output(out, x)):
+            and is_plain_output(out, x) and is_apart_from(gamma, out) and is_apart_from(beta, out)):
         return None
     y = new_like(x, pooled, empty) if out is None else out
     stats = new_rows(3, plan.channels, cnp.NPY_FLOAT64)
@@ -420,6 +424,8 @@ def whole_batch_norm_inference(
     cdef Plan plan
     cdef Py_ssize_t c, n_negative = 0
     cdef double* statistics
+    cdef const double* means
+    cdef const double* variances
     cdef int typenum
     if not is_plain(x) or type(eps) is not float or not (activation is None or activation == "relu"):
         return None
@@ -427,27 +433,28 @@ def whole_batch_norm_inference(
     typenum = cnp.PyArray_TYPE(<cnp.ndarray>x)
     if not (plan.channels and 0 <= <double>eps < INFINITY
             and is_plain_vector(gamma, plan.channels, typenum) and is_plain_vector(beta, plan.channels, typenum)
-            and is_plain_output(out, x)):
+            and is_plain_output(out, x) and is_apart_from(gamma, out) and is_apart_from(beta, out)):
         return None
     stats = new_rows(3, plan.channels, cnp.NPY_FLOAT64)
     statistics = <double*>data_of(stats)
-    if not (copy_statistics(mean, plan.channels, statistics)
-            and copy_statistics(var, plan.channels, statistics + plan.channels)):
+    means = statistics_of(mean, plan.channels, statistics)
+    variances = statistics_of(var, plan.channels, statistics + plan.channels)
+    if means == NULL or variances == NULL or not (is_apart_from(mean, out) and is_apart_from(var, out)):
         return None
     for c in range(plan.channels):  # without a way out, so that it is vectorised
-        n_negative += statistics[plan.channels + c] < 0
+        n_negative += variances[c] < 0
     if n_negative:
         return None
     y = new_like(x, pooled, empty) if out is None else out
     coefs = new_rows(3, plan.channels, typenum)
     if typenum == cnp.NPY_FLOAT32:
         launch_inference[float](
-            <float*>data_of(x), plan.channels * plan.inner, plan, statistics, statistics + plan.channels,
+            <float*>data_of(x), plan.channels * plan.inner, plan, means, variances,
             <float*>data_of(gamma), <float*>data_of(beta), eps, activation is not None, statistics,
             <float*>data_of(coefs), <float*>data_of(y), plan.channels * plan.inner, num_threads)
     else:
         launch_inference[double](
-            <double*>data_of(x), plan.channels * plan.inner, plan, statistics, statistics + plan.channels,
+            <double*>data_of(x), plan.channels * plan.inner, plan, means, variances,
             <double*>data_of(gamma), <double*>data_of(beta), eps, activation is not None, statistics,
             <double*>data_of(coefs), <double*>data_of(y), plan.channels * plan.inner, num_threads)
     return y, plan.outer * plan.inner, data_of(y) == data_of(x), stats, coefs

@@ -381,11 +381,12 @@ def is_plain_vector(values, channels, dtype):
     return is_plain(values, (dtype,)) and values.shape == (channels,)
 
 
-def is_plain_output(out, source):
-    """out is None, source itself, or a plain array apart from it."""
+def is_plain_output(out, source, *others):
+    """out is None, source itself, or a plain array apart from it and from what is read later."""
     return out is None or (
         is_plain(out, (source.dtype,)) and out.shape == source.shape and out.flags.writeable
-        and (out is source or not np.may_share_memory(out, source)))
+        and (out is source or not np.may_share_memory(out, source))
+        and not any(np.may_share_memory(out, other) for other in others if other is not None))
 
 
 def plain_view(x, axis):
@@ -406,7 +407,7 @@ def whole_batch_norm(x, gamma, beta, axis, eps, activation, out, num_threads, po
     """(y, count, whether in place, stats, coefs), or None."""
     view = plain_view(x, axis)
     if not (view and view[0] * view[2] > 1 and are_plain_options(gamma, beta, eps, activation, view[1], x.dtype)
-            and is_plain_output(out, x)):
+            and is_plain_output(out, x, gamma, beta)):
         return None
     y = empty(x.shape, x.dtype) if out is None else out
     stats, coefs = np.empty((3, view[1])), np.empty((3, view[1]), x.dtype)
@@ -417,8 +418,9 @@ def whole_batch_norm(x, gamma, beta, axis, eps, activation, out, num_threads, po
 def whole_batch_norm_inference(x, mean, var, gamma, beta, axis, eps, activation, out, num_threads, pooled, empty):
     """(y, count, whether in place, stats, coefs), or None."""
     view = plain_view(x, axis)
-    if not (view and are_plain_options(gamma, beta, eps, activation, view[1], x.dtype) and is_plain_output(out, x)
+    if not (view and are_plain_options(gamma, beta, eps, activation, view[1], x.dtype)
             and is_plain_vector(mean, view[1], np.float64) and is_plain_vector(var, view[1], np.float64)
+            and is_plain_output(out, x, mean, var, gamma, beta)
             and var.min() >= 0):  # nor NaN: in one pass, 2 us instead of 4
         return None
     y = empty(x.shape, x.dtype) if out is None else out
@@ -433,8 +435,8 @@ def whole_batch_norm_backward(
 ):
     """(grad_x, grads), or None."""
     view = plain_view(x, axis)
-    if not (view and is_plain(grad_y, (x.dtype,)) and grad_y.shape == x.shape and is_plain_output(out, grad_y)
-            and (out is None or not np.may_share_memory(out, x))):
+    if not (view and is_plain(grad_y, (x.dtype,)) and grad_y.shape == x.shape
+            and is_plain_output(out, grad_y, x)):
         return None
     if training and view[0] * view[2] == 2:  # functional.py has a formula for two values
         return None
