@@ -7,7 +7,8 @@ The way of an array through the package, and where to look::
       -> _layout.py                            validation, and the canonical view (outer, channels, inner)
       -> _memory.py                            large outputs, reused
       -> _dispatch.py                          which backend, how many threads
-      -> kernels/                              the loops: cython_kernels.pyx, numba_kernels.py (its twin), reference.py
+      -> kernels/                              cython_calls.pyx -> cython_kernels.pyx, and its twin: numba_calls.py ->
+                                               numba_kernels.py; reference.py
       -> back up: y, gradients, statistics
 
 ``python -m fastbn`` (or ``fastbn``) is the command line: info, demo, bench, accuracy.

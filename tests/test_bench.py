@@ -145,10 +145,15 @@ def test_the_roofline_of_rows_apart():
     d = Data(Case("layouts", (10_000, 48), "float32", "rows"))
     side.prepare("layouts", d)()
     np.testing.assert_array_equal(d.out, d.x)
+    images = Data(Case("layouts", (300, 8, 15, 17), "float32", "rows"))
+    side.prepare("layouts", images)()
+    np.testing.assert_array_equal(images.out, images.x)
     assert side.prepare("backward-out", d) is None
     assert side.prepare("layouts", Data(Case("layouts", (100_000, 15), "float32", "rows"))) is None
     with pytest.raises(ValueError, match="expected rows of 64 bytes or more"):
         passes.read_rows(np.zeros((4, 60), np.uint8), 2)
+    with pytest.raises(ValueError, match="expected an out of 256 bytes, got 255"):
+        passes.copy_rows(np.zeros((4, 64), np.uint8), np.zeros(255, np.uint8), 2)
 
 
 def test_other_programs_are_told_of(capfd, monkeypatch):

@@ -233,7 +233,10 @@ def test_what_numba_keeps_on_disk_is_named_after_all_it_is_compiled_from(monkeyp
     monkeypatch.setattr(calls, "__file__", str(tmp_path / "numba_calls.py"))
     before = word_of()
     assert before == calls.sources()
+    calls.moments(np.ones((2, 1, 1)), *np.empty((3, 1)), 1)
+    assert calls.compiled
     for driver, _ in calls.compiled:
-        assert driver.__qualname__ == f"{driver.__name__}_{before}"
+        for function in (driver, *calls.WORKERS[driver]):
+            assert function.__qualname__ == f"{function.__name__}_{before}"
     (tmp_path / name).write_text((tmp_path / name).read_text() + "# changed\n")
     assert word_of() != before

@@ -24,7 +24,8 @@ copy. Moments: the read. GB/s counts the bytes of these passes for every side al
 roofline where its second pass finds in the cache what its first one left there, which the bare passes do not try.
 Below 250 KB there is none: waking the threads would take as long as the passes. Of rows that lie apart the bare passes
 read and copy the rows alone; but the processor fetches ahead what lies between them, so they, too, take longer. What
-a ratio would be if fastbn took just the time of the bare passes stands in the last table, "at the roofline".
+a ratio would be if fastbn took just the time of the bare passes on that array stands in the last table, "at the
+roofline".
 
 As users call it means without `out=`; where a peer has no `out=`, its column has no figure. PyTorch:
 `torch.native_batch_norm` and its backward, which its layers call, and `nn.BatchNorm*d` with `autograd.grad`. JAX:

@@ -26,15 +26,16 @@ cdef struct Line:
 
 
 cdef uint64_t read_lines(const Line* x, Py_ssize_t n, Py_ssize_t ahead) noexcept nogil:
-    cdef Line found
+    cdef Line found, line
     cdef uint64_t total = 0
     cdef Py_ssize_t i, j
     for j in range(8):
         found.words[j] = 0
     for i in range(n):
         prefetch(x + i + ahead)
+        memcpy(&line, x + i, sizeof(Line))  # whatever its address
         for j in range(8):
-            found.words[j] ^= x[i].words[j]
+            found.words[j] ^= line.words[j]
     for j in range(8):
         total ^= found.words[j]
     return total
@@ -45,7 +46,7 @@ cdef inline void put_line(Line* out, const Line* value, bint stream) noexcept no
         stream_line(out, value)
     else:
         prefetch_write(out + AHEAD)
-        out[0] = value[0]
+        memcpy(out, value, sizeof(Line))
 
 
 cdef void copy_lines(const Line* x, Line* out, Py_ssize_t n, Py_ssize_t ahead, bint stream) noexcept nogil:
@@ -56,13 +57,15 @@ cdef void copy_lines(const Line* x, Line* out, Py_ssize_t n, Py_ssize_t ahead, b
 
 
 cdef void combine_lines(const Line* a, const Line* b, Line* out, Py_ssize_t n, bint stream) noexcept nogil:
-    cdef Line value
+    cdef Line value, other
     cdef Py_ssize_t i, j
     for i in range(n):
         prefetch(a + i + AHEAD)
         prefetch(b + i + AHEAD)
+        memcpy(&value, a + i, sizeof(Line))
+        memcpy(&other, b + i, sizeof(Line))
         for j in range(8):
-            value.words[j] = a[i].words[j] ^ b[i].words[j]
+            value.words[j] ^= other.words[j]
         put_line(out + i, &value, stream)
     if stream:
         stream_end()
@@ -167,6 +170,8 @@ def copy_rows(const unsigned char[:, :] x, unsigned char[::1] out, int threads):
     """Copy the rows of x, of a line or more, to out, where they lie one behind the other."""
     cdef Py_ssize_t piece, n = x.shape[0], width = x.shape[1], ahead = rows_ahead(x)
     cdef bint stream = out.shape[0] >= STREAM_BYTES
+    if out.shape[0] != n * width:
+        raise ValueError(f"expected an out of {n * width} bytes, got {out.shape[0]}")
     for piece in prange((n + ROWS - 1) // ROWS, nogil=True, num_threads=threads, schedule="static"):
         copy_some_rows(&x[piece * ROWS, 0], x.strides[0], width, &out[piece * ROWS * width],
                        min(ROWS, n - piece * ROWS), ahead, stream)

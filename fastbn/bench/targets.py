@@ -53,7 +53,8 @@ LAYOUT_LIMIT = 1.5  # ... per byte, of the plain layout of that size
 @dataclass(frozen=True)
 class Verdict:
     """One target and what was measured. `bound` is a least ratio, or a most where `at_most`; `at_roofline` is what
-    the ratio would be if fastbn took just the time of the bare memory passes, where they were measured."""
+    the ratio would be if fastbn took just the time of the bare memory passes on this array (a layout is compared with
+    the plain one as measured)."""
 
     op: str
     array: str

@@ -1,4 +1,4 @@
-"""The contract that every backend keeps. The backends: reference.py (NumPy), cython_kernels.pyx, numba_kernels.py.
+"""The contract that every backend keeps. The backends: reference.py (NumPy), cython_calls.pyx, numba_calls.py.
 
 Arrays arrive checked, by ``_layout.py``; kernels only loop. ``x``, ``grad_y`` and ``out`` are 3-D views
 ``(outer, channels, inner)``, float32 or float64 ("the data's dtype"), with ``[channels, inner]`` contiguous and any

@@ -1068,10 +1068,11 @@ cdef void grad_affine_task(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Workers: what one thread of the team does. Where there are several tiles a thread, about evenly, and no strips of many
-# rows, it has its own and takes them one by one from the first pass to the last: nobody waits, and a tile that fits its
-# cache is read from memory once (32x256x14x14: 18 %). Otherwise the threads share all tiles, and wait for each other
-# between the passes. Either way a thread gets about the same data in both passes, in the second in reverse order.
+# Workers: what one thread of the team does. Where tiles divide about evenly (of columns, two a thread or more) and are
+# not strips of many rows, a thread has its own and takes them one by one from the first pass to the last: nobody waits,
+# and a tile that fits its cache is read from memory once (32x256x14x14: 18 %). Otherwise the threads share all tiles,
+# and wait for each other between the passes. Either way, if there are chunks enough, a thread gets about the same data
+# in both passes, in the second in reverse order.
 # ---------------------------------------------------------------------------------------------------------------------
 
 cdef struct Part:
@@ -1118,12 +1119,12 @@ cdef inline Py_ssize_t channel_share(const Plan* plan, const Part* part, int fur
 
 
 cdef inline Band band_of(const Plan* plan, const Part* part) noexcept nogil:
-    """Its tasks of the first pass; but where columns are swept, the tasks of its share of the rows, for threads that
-    write the same rows take lines from each other: the processor fetches ahead over the end of a tile (128x1024, which
-    has two: 46 us instead of 15, and 21 on one thread)."""
+    """Its tasks of the first pass; but of columns, with rows enough, its share of the rows: threads that write the same
+    rows take lines from each other, for the processor fetches ahead over the end of a tile (128x1024, which has two:
+    46 us instead of 15, and 21 on one thread)."""
     cdef Band band
     cdef Py_ssize_t rows = plan.chunk * plan.block_outer
-    if plan.by_inner:
+    if plan.by_inner or plan.outer < 4 * ROWS * part.size:
         band.row, band.end = 0, plan.outer
         band.first = share(plan.n_chunks * part.n_tiles, part, 0)
         band.last = share(plan.n_chunks * part.n_tiles, part, 1)
@@ -1166,8 +1167,6 @@ cdef void affine_part(
     for task in range(band.last - 1, band.first - 1, -1):
         affine_task(x, stride, plan, &band, task // part.n_tiles, part.tile + task % part.n_tiles, coefs, relu, stream,
                     y, y_stride)
-    if stream:
-        stream_end()  # after each task it took 5 % of 32x64x56x56
 
 
 cdef void grad_moments_part(
@@ -1194,8 +1193,6 @@ cdef void grad_affine_part(
     for task in range(band.last - 1, band.first - 1, -1):
         grad_affine_task(dy, dy_stride, x, x_stride, plan, &band, task // part.n_tiles, part.tile + task % part.n_tiles,
                          coefs, linear, relu, training, stream, grad_x, grad_x_stride)
-    if stream:
-        stream_end()  # after each task it took 5 % of 32x64x56x56
 
 
 cdef void moments_worker(
@@ -1219,6 +1216,8 @@ cdef void affine_worker(
     for index in range(n_parts(plan)):
         part = part_at(plan, index)
         affine_part(x, stride, plan, &part, coefs, relu, stream, y, y_stride)
+    if stream:
+        stream_end()  # after each task it took 5 % of 32x64x56x56
 
 
 cdef void batch_norm_worker(
@@ -1238,6 +1237,8 @@ cdef void batch_norm_worker(
                            <double>plan.outer * plan.inner, gamma, beta, eps, stats, coefs)
         wait_for_others(&part)
         affine_part(x, stride, plan, &part, coefs, relu, stream, y, y_stride)
+    if stream:
+        stream_end()
 
 
 cdef void inference_worker(
@@ -1253,6 +1254,8 @@ cdef void inference_worker(
                            mean, NULL, var, 1, gamma, beta, eps, stats, coefs)
         wait_for_others(&part)
         affine_part(x, stride, plan, &part, coefs, relu, stream, y, y_stride)
+    if stream:
+        stream_end()
 
 
 cdef void grad_moments_worker(
@@ -1277,6 +1280,8 @@ cdef void grad_affine_worker(
         part = part_at(plan, index)
         grad_affine_part(dy, dy_stride, x, x_stride, plan, &part, coefs, linear, relu, training, stream,
                          grad_x, grad_x_stride)
+    if stream:
+        stream_end()
 
 
 cdef void batch_norm_backward_worker(
@@ -1295,3 +1300,5 @@ cdef void batch_norm_backward_worker(
         wait_for_others(&part)
         grad_affine_part(dy, dy_stride, x, x_stride, plan, &part, coefs, linear, relu, training, stream,
                          grad_x, grad_x_stride)
+    if stream:
+        stream_end()

@@ -1,4 +1,5 @@
-"""What Python calls of the Numba kernels; it starts the loops of numba_kernels.py. cython_calls.pyx is its twin.
+"""What Python calls of the Numba kernels; it starts the loops of numba_kernels.py. cython_calls.pyx is its twin,
+kernels/__init__.py holds the contract.
 
 Read it downwards: the teams of threads, the drivers (the stages of a call), and what Python calls. Nothing is compiled
 at import, but on the first call for a dtype; warmup() compiles everything.
@@ -54,8 +55,8 @@ from fastbn.kernels.numba_machine import (
 # Where tiles divide about evenly and are not strips of many rows, a thread has its own and takes them one by one
 # through all the stages: nobody waits, there is one parallel region, and a tile that fits its cache is read from memory
 # once (32x256x14x14: forward 17 %, backward 23 %). Otherwise the threads share all tiles, in a region for each stage.
-# Either way a thread gets about the same data in both passes, in the second in reverse order. There is no
-# barrier inside a region: its threads may run one after the other.
+# Either way, if there are chunks enough, a thread gets about the same data in both passes, in the second in reverse
+# order. There is no barrier inside a region: its threads may run one after the other.
 # ---------------------------------------------------------------------------------------------------------------------
 
 @helper

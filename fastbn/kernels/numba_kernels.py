@@ -1,4 +1,4 @@
-"""The kernels compiled just in time. kernels/__init__.py holds the contract; cython_kernels.pyx is this file's twin.
+"""The kernels compiled just in time. cython_kernels.pyx is this file's twin.
 
 Read it downwards: the plan (how the data is cut, by shape alone); then for each kernel its strip (the hot loop), its
 rows and runs, its task (one tile of one chunk); and the workers (what one thread does in one stage of a call).
@@ -1037,9 +1037,9 @@ def channel_share(plan, part, further):
 
 @helper
 def band_of(plan, part):
-    """Its tasks of the first pass; but where columns are swept, the tasks of its share of the rows, for threads that
-    write the same rows take lines from each other: the processor fetches ahead over the end of a tile."""
-    if plan.by_inner:
+    """Its tasks of the first pass; but of columns, with rows enough, its share of the rows: threads that write the same
+    rows take lines from each other, for the processor fetches ahead over the end of a tile."""
+    if plan.by_inner or plan.outer < 4 * ROWS * part.size:
         n_tasks = plan.n_chunks * part.n_tiles
         return Band(share(n_tasks, part, 0), share(n_tasks, part, 1), 0, plan.outer)
     rows = plan.chunk * plan.block_outer
