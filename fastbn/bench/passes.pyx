@@ -3,7 +3,7 @@
 
 The arrays are taken as 64-byte lines, those of the output where there is one, in runs of PIECE lines dealt to the
 threads; the bytes before the first line and behind the last are left to the calling thread. Rows that lie apart are
-taken one by one, ROWS of them dealt to a thread.
+taken one by one, in runs of ROWS.
 """
 from cython.parallel cimport prange
 from libc.stdint cimport uint64_t, uintptr_t
@@ -17,7 +17,7 @@ cdef extern from "machine.h" nogil:
 
 cdef enum:
     PIECE = 1024          # lines
-    ROWS = 128
+    ROWS = 128            # that lie apart, dealt to a thread at once
     AHEAD = 64            # lines
     STREAM_BYTES = 1 << 24  # outputs from here on bypass the caches, as the kernels' do
 
@@ -104,7 +104,7 @@ cdef void copy_some_rows(
     const unsigned char* x, Py_ssize_t stride, Py_ssize_t width, unsigned char* out, Py_ssize_t n_rows,
     Py_ssize_t ahead, bint stream,
 ) noexcept nogil:
-    """To rows that lie one behind the other: by its lines, which may lie across the end of a row."""
+    """Rows of x, to out, where they lie one behind the other: by out's lines, which may lie across the end of a row."""
     cdef Line line
     cdef Py_ssize_t n, start = <Py_ssize_t>(-<uintptr_t>out % sizeof(Line))
     memcpy(out, x, start)
@@ -128,7 +128,7 @@ cdef void copy_some_rows(
 cdef Py_ssize_t rows_ahead(const unsigned char[:, :] x):
     """In lines: to what is AHEAD lines further on, not counting those between the rows."""
     if x.shape[1] < <Py_ssize_t>sizeof(Line) or x.strides[1] != 1:
-        raise ValueError(f"expected rows of {sizeof(Line)} bytes or more, one behind the other")
+        raise ValueError(f"expected rows of {sizeof(Line)} bytes or more without gaps")
     return max(1, AHEAD * <Py_ssize_t>sizeof(Line) // x.shape[1]) * (x.strides[0] // <Py_ssize_t>sizeof(Line))
 
 
