@@ -14,7 +14,7 @@ from fastbn.bench.process import Processes, WorkerError
 from fastbn.bench.roofline import bytes_moved
 from fastbn.bench.worker import PEERS
 
-PAUSE = 0.01  # seconds between two sides: the OpenMP threads of the last one stop spinning within a few ms
+PAUSE = 0.02  # seconds between two sides: the OpenMP threads of the last one spin for 8 to 12 ms
 SAMPLES = 9  # at most so many in a round: a call, or several where they are short
 REFERENCE_BYTES = 1_000_000  # fastbn's NumPy reference is measured up to here, unless asked for
 
