@@ -62,7 +62,7 @@ FACTOR = 3 * PITCH     # grad_x = factor * (((dy - shift) - rest) - (x - center)
 SLOPE = 4 * PITCH
 SHIFT = 5 * PITCH
 REST = 6 * PITCH
-COEFS = 7 * PITCH
+COEFS = 7 * PITCH + PIECE
 assert INNER_TILE * PIECE <= TILE
 # How an output is written:
 DIRECT = 0
@@ -195,14 +195,26 @@ def fold_sums(wide, channels, repeat, fold):
             wide[c] = total
 
 
+@inline
+def prefetch_strip(x, n):
+    """The lines of the n elements at x."""
+    for i in range(0, n, LINE // (address(at(x, 1)) - address(x))):
+        prefetch(at(x, i))
+
+
+@inline
+def prefetch_strip_write(y, n):
+    for i in range(0, n, LINE // (address(at(y, 1)) - address(y))):
+        prefetch_write(at(y, i))
+
+
 @helper
 def gather(x, stride, n_rows, width, buffer):
     """The rows one behind the other: x itself where they lie so already, else a copy in buffer."""
     if stride == width or n_rows == 1:
         return x
     for r in range(n_rows):
-        for j in range(0, width, STRIP):
-            prefetch(at(x, (r + n_rows) * stride + j))
+        prefetch_strip(at(x, (r + n_rows) * stride), width)
         for j in range(width):
             buffer[r * width + j] = x[r * stride + j]
     return buffer
@@ -251,11 +263,21 @@ def coming(x, stride, n_rows, width, j, ahead):
 
 
 @inline
+def prefetch_rows(x, stride, n_rows, width, j, ahead):
+    """A strip of each row of what is coming."""
+    strip = coming(x, stride, n_rows, width, j, ahead)
+    for r in range(n_rows):
+        if stride == LANES:
+            prefetch_strip(at(strip, r * stride), STRIP)
+        else:  # of columns, both lines of float64 would take longer
+            prefetch(at(strip, r * stride))
+
+
+@inline
 def sums_group(x, stride, n_rows, width, pivot, s1, s2):
     done = width // STRIP * STRIP
     for j in range(0, done, STRIP):
-        for r in range(n_rows):
-            prefetch(at(coming(x, stride, n_rows, width, j, COLUMNS_AHEAD), r * stride))
+        prefetch_rows(x, stride, n_rows, width, j, COLUMNS_AHEAD)
         # Of a literal width: with another, LLVM kept a pointer for each row, most of them on the stack (22 % longer).
         sums_strip(at(x, j), stride, n_rows, STRIP, at(pivot, j), at(s1, j), at(s2, j))
     sums_strip(at(x, done), stride, n_rows, width - done, at(pivot, done), at(s1, done), at(s2, done))
@@ -536,6 +558,12 @@ def before_line(y):
     return (-address(y) & (LINE - 1)) // (address(at(y, 1)) - address(y))
 
 
+@inline
+def place_coefs(memory, skip):
+    """Where to put coefficients so that those behind the first `skip` columns begin with a line, as memory does."""
+    return at(memory, (PIECE - skip) % PIECE)
+
+
 @helper
 def begin_stream(y, length, ahead):
     """How many elements at y to store through the caches. The lines that hold the ends of a run are fetched, this
@@ -583,10 +611,9 @@ def affine_strip(
 
 @inline
 def affine_piece(x, x_ahead, n, coefs, relu, stream, y, y_ahead):
-    for line in range(0, n, LINE // 4):
-        prefetch(at(x, line + x_ahead))
-        if not stream:
-            prefetch_write(at(y, line + y_ahead))
+    prefetch_strip(at(x, x_ahead), n)
+    if not stream:
+        prefetch_strip_write(at(y, y_ahead), n)
     if stream:
         piece = local(PIECE, x)
         affine_strip(x, n, coefs, relu, piece)
@@ -636,6 +663,9 @@ def affine_run(x, x_ahead, length, width, coefs, each, relu, route, buffer, y, y
         stream = int(route == STREAMED)
         if stream:
             i = begin_stream(y, length, each * y_ahead)
+        elif each * length > width:  # several rows
+            i = min(length, before_line(x))
+        if i:
             affine_rows(x, x_ahead, i, none, width, coefs, each, relu, none, y, y_ahead)
         affine_rows(at(x, i), x_ahead, length - i, i % width * each, width, coefs, each, relu, stream,
                     at(y, i), y_ahead)
@@ -648,13 +678,15 @@ def affine_task(
     relu, route,
     y, y_stride,
 ):
-    coefs = local(COEFS, x)
+    memory = local(COEFS, x)
     buffer = local(BUFFER, x)
     x_buffer = local(BUFFER, x)
     c0 = tile * plan.tile
     channels = min(plan.tile, plan.channels - c0)
     width = channels * plan.repeat
     step = ROWS * plan.fold
+    one_run = not plan.by_inner and stride == width and y_stride == width
+    coefs = place_coefs(memory, before_line(y if route == STREAMED else x) if one_run else 0)
     repeat = PIECE if plan.by_inner else plan.repeat  # a channel's coefficients, for a whole piece
     spread_rows(channel_coefs, 3, plan, c0, channels, repeat, coefs)
     x = at(x, c0 * plan.inner)
@@ -673,7 +705,7 @@ def affine_task(
                     i = c * plan.inner + block.start
                     affine_run(at(x, r * stride + i), x_ahead, block.length, block.length,
                                at(coefs, c * PIECE), each, relu, route, buffer, at(y, r * y_stride + i), y_ahead)
-        elif stride == width and y_stride == width:
+        elif one_run:
             i = block.row * width
             affine_run(at(x, i), x_ahead, block.n_rows * width, plan.fold * width, coefs, each, relu,
                        route, buffer, at(y, i), y_ahead)
@@ -726,9 +758,8 @@ def grad_sums_strip(
 def grad_sums_group(dy, dy_stride, x, x_stride, n_rows, width, mean, coefs, relu, s1, s2):
     done = width // STRIP * STRIP
     for j in range(0, done, STRIP):
-        for r in range(n_rows):
-            prefetch(at(coming(dy, dy_stride, n_rows, width, j, COLUMNS_AHEAD // 2), r * dy_stride))
-            prefetch(at(coming(x, x_stride, n_rows, width, j, COLUMNS_AHEAD // 2), r * x_stride))
+        prefetch_rows(dy, dy_stride, n_rows, width, j, COLUMNS_AHEAD // 2)
+        prefetch_rows(x, x_stride, n_rows, width, j, COLUMNS_AHEAD // 2)
         grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, STRIP,
                         at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
     grad_sums_strip(at(dy, done), dy_stride, at(x, done), x_stride, n_rows, width - done,
@@ -882,11 +913,10 @@ def grad_affine_strip(
 
 @inline
 def grad_affine_piece(dy, dy_ahead, x, x_ahead, n, coefs, relu, training, stream, grad_x, grad_x_ahead):
-    for line in range(0, n, LINE // 4):
-        prefetch(at(dy, line + dy_ahead))
-        prefetch(at(x, line + x_ahead))
-        if not stream:
-            prefetch_write(at(grad_x, line + grad_x_ahead))
+    prefetch_strip(at(dy, dy_ahead), n)
+    prefetch_strip(at(x, x_ahead), n)
+    if not stream:
+        prefetch_strip_write(at(grad_x, grad_x_ahead), n)
     if stream:
         piece = local(PIECE, x)
         grad_affine_strip(dy, x, n, coefs, relu, training, piece)
@@ -946,6 +976,9 @@ def grad_affine_run(
         stream = int(route == STREAMED)
         if stream:
             i = begin_stream(grad_x, length, each * grad_x_ahead)
+        elif each * length > width:  # several rows
+            i = min(length, before_line(x))
+        if i:
             grad_affine_rows(dy, dy_ahead, x, x_ahead, i, none, width, coefs, each, relu, training, none,
                              grad_x, grad_x_ahead)
         grad_affine_rows(at(dy, i), dy_ahead, at(x, i), x_ahead, length - i, i % width * each, width, coefs, each,
@@ -960,7 +993,7 @@ def grad_affine_task(
     relu, training, route,
     grad_x, grad_x_stride,
 ):
-    coefs = local(COEFS, x)
+    memory = local(COEFS, x)
     buffer = local(BUFFER, x)
     dy_buffer = local(BUFFER, x)
     x_buffer = local(BUFFER, x)
@@ -968,6 +1001,8 @@ def grad_affine_task(
     channels = min(plan.tile, plan.channels - c0)
     width = channels * plan.repeat
     step = ROWS * plan.fold
+    one_run = not plan.by_inner and dy_stride == width and x_stride == width and grad_x_stride == width
+    coefs = place_coefs(memory, before_line(grad_x if route == STREAMED else x) if one_run else 0)
     repeat = PIECE if plan.by_inner else plan.repeat  # a channel's coefficients, for a whole piece
     spread_rows(channel_coefs, 3, plan, c0, channels, repeat, coefs)
     spread_rows(linear, 4, plan, c0, channels, repeat, at(coefs, FACTOR))
@@ -989,7 +1024,7 @@ def grad_affine_task(
                     grad_affine_run(at(dy, r * dy_stride + i), dy_ahead, at(x, r * x_stride + i), x_ahead,
                                     block.length, block.length, at(coefs, c * PIECE), each, relu,
                                     training, route, buffer, at(grad_x, r * grad_x_stride + i), grad_x_ahead)
-        elif dy_stride == width and x_stride == width and grad_x_stride == width:
+        elif one_run:
             i = block.row * width
             grad_affine_run(at(dy, i), dy_ahead, at(x, i), x_ahead, block.n_rows * width, plan.fold * width,
                             coefs, each, relu, training, route, buffer, at(grad_x, i), grad_x_ahead)
