@@ -102,6 +102,18 @@ def test_roofline_passes_touch_all_of_the_arrays():
     assert side.prepare("forward-out", Data(Case("forward-out", (40, 6)))) is None
 
 
+@pytest.mark.parametrize(("op", "turns"), [("forward-out", 1), ("forward", 2), ("backward", 2), ("layer", 2)])
+def test_roofline_passes_write_where_a_call_does(op, turns):
+    d = Data(Case(op, (100_000, 48)))
+    call = roofline.Roofline(threads=2).prepare(op, d)
+    written = []
+    for _ in range(2 * turns):
+        d.out.fill(np.nan)
+        call()
+        written.append(not np.isnan(d.out[0, 0]))
+    assert written == [turn == 0 for turn in range(turns)] * 2
+
+
 @pytest.mark.parametrize("nbytes", [1, 63, 64, 1000, 300_007, (1 << 24) + 77])
 @pytest.mark.parametrize("offset", [0, 1, 63])
 def test_bare_passes_at_any_address(nbytes, offset):

@@ -20,12 +20,13 @@ above 1, fastbn is faster. `fastbn` stands for its first backend of the table. S
 The roofline is what the operation must move at the least, as bare passes over the same arrays in the same process as
 fastbn, on the same threads (`fastbn/bench/passes.pyx`: loads fetched ahead, and from 16 MiB on stores past the caches).
 Training forward: read x, copy x to out. Backward: read both inputs, then a two-input one-output pass. Inference: the
-copy. Moments: the read. GB/s counts the bytes of these passes for every side alike. fastbn can be faster than the
-roofline where its second pass finds in the cache what its first one left there, which the bare passes do not try.
-Below 250 KB there is none: waking the threads would take as long as the passes. Of rows that lie apart the bare passes
-read and copy the rows alone; but the processor fetches ahead what lies between them, so they, too, take longer. What
-a ratio would be if fastbn took just the time of the bare passes on that array stands in the last table, "at the
-roofline".
+copy. Moments: the read. Without `out=` each output lives until the next one is there, so the bare passes, too, write to
+two arrays in turn (6 MB in L3: a third longer than into one). GB/s counts the bytes of these passes for every side
+alike. fastbn can be faster than the roofline where its second pass finds in the cache what its first one left there,
+which the bare passes do not try. Below 250 KB there is none: waking the threads would take as long as the passes. Of
+rows that lie apart the bare passes read and copy the rows alone; but the processor fetches ahead what lies between
+them, so they, too, take longer. What a ratio would be if fastbn took just the time of the bare passes on that array
+stands in the last table, "at the roofline".
 
 As users call it means without `out=`; where a peer has no `out=`, its column has no figure. PyTorch:
 `torch.native_batch_norm` and its backward, which its layers call, and `nn.BatchNorm*d` with `autograd.grad`. JAX:

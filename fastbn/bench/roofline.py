@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ PASSES: dict[str, tuple[str, ...]] = {
     "inference": ("copy",),
     "moments": ("read x",),
 }
+WITHOUT_OUT = ("forward", "relu", "backward", "layer", "inference")  # each result lives until the next one is there
 ARRAYS_MOVED = {"read x": 1, "copy": 2, "read both": 2, "combine": 3}
 FROM_BYTES = 250_000  # below, waking the threads takes as long as the passes
 LINE_BYTES = 64  # what passes.pyx takes at a time
@@ -49,7 +51,10 @@ class Roofline:
         apart = d.layout == "rows"
         if d.x.nbytes < FROM_BYTES or (apart and (d.x[0].nbytes < LINE_BYTES or "combine" in PASSES[op])):
             return None
-        calls = [call for name in PASSES[op] for call in self._pass(name, d)]
+        n_outputs = sum(name in ("copy", "combine") for name in PASSES[op])
+        n_arrays = 2 * n_outputs if op in WITHOUT_OUT else min(1, n_outputs)
+        outputs = cycle([_bytes(np.full_like(d.out, np.nan) if i else d.out) for i in range(n_arrays)])
+        calls = [call for name in PASSES[op] for call in self._pass(name, d, outputs)]
 
         def run() -> None:
             for call in calls:
@@ -60,19 +65,22 @@ class Roofline:
     def arrays(self, op: str, result: Any) -> list[NDArray[Any]]:
         return []
 
-    def _pass(self, name: str, d: Data) -> list[Callable[[], Any]]:
-        """The calls of a pass."""
+    def _pass(self, name: str, d: Data, outputs: Iterator[NDArray[np.uint8]]) -> list[Callable[[], Any]]:
+        """The calls of a pass; it writes to the next of the outputs each time."""
         if d.layout == "rows":
             rows = d.x.reshape(len(d.x), -1).view(np.uint8)  # no copy: only the rows lie apart
-            run = {"read x": partial(passes.read_rows, rows), "copy": partial(passes.copy_rows, rows, _bytes(d.out))}
-            return [partial(run[name], self.threads)]
+            if name == "read x":
+                return [partial(passes.read_rows, rows, self.threads)]
+            return [lambda: passes.copy_rows(rows, next(outputs), self.threads)]
+        x = _bytes(d.x)
         if name == "read x":
-            return [partial(passes.read, _bytes(d.x), self.threads)]
+            return [partial(passes.read, x, self.threads)]
         if name == "read both":
             return [partial(passes.read, _bytes(array), self.threads) for array in (d.grad_y, d.x)]
         if name == "copy":
-            return [partial(passes.copy, _bytes(d.x), _bytes(d.out), self.threads)]
-        return [partial(passes.combine, _bytes(d.grad_y), _bytes(d.x), _bytes(d.out), self.threads)]
+            return [lambda: passes.copy(x, next(outputs), self.threads)]
+        grad_y = _bytes(d.grad_y)
+        return [lambda: passes.combine(grad_y, x, next(outputs), self.threads)]
 
 
 def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
