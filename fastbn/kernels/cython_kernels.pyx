@@ -102,7 +102,10 @@ cdef Plan make_plan(Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner) noe
     plan.outer, plan.channels, plan.inner = outer, channels, inner
     plan.by_inner = inner >= SHORT_INNER
     plan.repeat = LANES if plan.by_inner else inner
-    plan.tile = max(1, min(INNER_TILE, INNER_TILE_SIZE // (outer * inner))) if plan.by_inner else TILE // plan.repeat
+    plan.tile = INNER_TILE if plan.by_inner else TILE // plan.repeat
+    # Halved until it fits: then tiles divide evenly among threads (128x64x14x14: the forward took a third longer).
+    while plan.by_inner and plan.tile > 1 and plan.tile * outer * inner > INNER_TILE_SIZE:
+        plan.tile //= 2
     plan.n_tiles = ceil_div(channels, plan.tile)
     plan.tile = ceil_div(channels, plan.n_tiles)
     if not plan.by_inner and plan.n_tiles > 1:
@@ -184,6 +187,12 @@ cdef inline void fold_sums(double* wide, Py_ssize_t channels, Py_ssize_t repeat,
             for i in range(repeat):
                 total += wide[c * repeat + i]
             wide[c] = total
+
+
+cdef inline Py_ssize_t lead(Py_ssize_t stride, Py_ssize_t width) noexcept nogil:
+    """How many elements ahead to fetch: AHEAD of them, which are whole rows where short rows lie apart. Beyond their
+    ends lies what other tasks want (128x64x14x14: the affine pass took twice as long)."""
+    return AHEAD if stride == width or width >= 4 * AHEAD else stride * max(1, AHEAD // width)
 
 
 cdef inline void prefetch_strip(const floating* x) noexcept nogil:
@@ -270,7 +279,7 @@ cdef inline const floating* coming(
     """What lies `ahead` columns behind column j of these rows: there, or in the next n_rows rows."""
     cdef Py_ssize_t k = j + min(width, ahead)
     if stride == LANES:  # a channel's run; the next rows would be too near (32x64x56x56: moments 9 %)
-        return x + j + AHEAD
+        return x + j + ahead
     return x + k if k < width else x + n_rows * stride + k - width
 
 
@@ -288,12 +297,12 @@ cdef inline void prefetch_rows(
 
 
 cdef inline void sums_group(
-    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width,
+    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t ahead,
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t j = 0
     while j + STRIP <= width:
-        prefetch_rows(x, stride, n_rows, width, j, COLUMNS_AHEAD)
+        prefetch_rows(x, stride, n_rows, width, j, ahead)
         sums_strip(x + j, stride, n_rows, STRIP, pivot + j, s1 + j, s2 + j)
         j += STRIP
     if (width - j) & 8:
@@ -308,29 +317,29 @@ cdef inline void sums_group(
 
 
 cdef inline void sums_rows_as(
-    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width,
+    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t ahead,
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t _i
     for _i in range(n_rows // ROWS):
-        sums_group(x, stride, ROWS, width, pivot, s1, s2)
+        sums_group(x, stride, ROWS, width, ahead, pivot, s1, s2)
         x += ROWS * stride
     # The rest in literal sizes, which the compiler unrolls.
     if n_rows & 4:
-        sums_group(x, stride, 4, width, pivot, s1, s2)
+        sums_group(x, stride, 4, width, ahead, pivot, s1, s2)
         x += 4 * stride
     if n_rows & 2:
-        sums_group(x, stride, 2, width, pivot, s1, s2)
+        sums_group(x, stride, 2, width, ahead, pivot, s1, s2)
         x += 2 * stride
     if n_rows & 1:
-        sums_group(x, stride, 1, width, pivot, s1, s2)
+        sums_group(x, stride, 1, width, ahead, pivot, s1, s2)
 
 
 cdef void sums_rows(
     const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width,
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
-    sums_rows_as(x, stride, n_rows, width, pivot, s1, s2)
+    sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, pivot, s1, s2)
 
 
 cdef void sums_run(
@@ -338,12 +347,19 @@ cdef void sums_run(
 ) noexcept nogil:
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     cdef Py_ssize_t n_rows = length // width
-    if width == LANES:  # a literal: 196 elements a run take half the time
-        sums_rows_as(x, LANES, n_rows, LANES, pivot, s1, s2)
-    else:
-        sums_rows(x, width, n_rows, width, pivot, s1, s2)
+    sums_rows(x, width, n_rows, width, pivot, s1, s2)
     if n_rows * width < length:
         sums_rows(x + n_rows * width, width, 1, length - n_rows * width, pivot, s1, s2)
+
+
+cdef void sums_lanes(
+    const floating* x, Py_ssize_t length, Py_ssize_t ahead, const double* pivot, double* s1, double* s2,
+) noexcept nogil:
+    """The same as rows of LANES: by a literal, runs of 196 take half the time."""
+    cdef Py_ssize_t n_rows = length // LANES
+    sums_rows_as(x, LANES, n_rows, LANES, ahead, pivot, s1, s2)
+    if n_rows * LANES < length:
+        sums_rows(x + n_rows * LANES, LANES, 1, length - n_rows * LANES, pivot, s1, s2)
 
 
 cdef void sums_apart(
@@ -366,8 +382,8 @@ cdef void sums_block(
     if plan.by_inner:
         for r in range(n_rows):
             for c in range(channels):
-                sums_run(x + r * stride + c * plan.inner, length, LANES,
-                         pivot + c * LANES, s1 + c * LANES, s2 + c * LANES)
+                sums_lanes(x + r * stride + c * plan.inner, length, lead(stride, channels * plan.inner),
+                           pivot + c * LANES, s1 + c * LANES, s2 + c * LANES)
     elif plan.fold == 1:
         sums_rows(x, stride, n_rows, width, pivot, s1, s2)
     elif stride == width:
@@ -575,11 +591,6 @@ cdef inline void spread_rows(
 # row that is: the coefficients of a row are followed by those of the next one, so a strip may run over its end.
 # ---------------------------------------------------------------------------------------------------------------------
 
-cdef inline Py_ssize_t lead(Py_ssize_t stride, Py_ssize_t width) noexcept nogil:
-    """How many elements ahead to fetch: AHEAD of them, which are whole rows where the rows lie apart."""
-    return AHEAD if stride == width else stride * max(1, AHEAD // width)
-
-
 cdef inline void put_strip(floating* y, const floating* strip, Py_ssize_t n_columns, bint stream) noexcept nogil:
     """Store a strip; past the caches it must be whole, and y aligned to LINE."""
     cdef Py_ssize_t j
@@ -651,6 +662,24 @@ cdef inline void affine_strip(
     put_strip(y, strip, n_columns, stream)
 
 
+cdef void affine_rest(
+    const floating* x, Py_ssize_t n_columns, const floating* coefs, bint relu, floating* y,
+) noexcept nogil:
+    """Fewer columns than a strip has, in literal sizes (2x256x14x14: a loop took 7 % longer)."""
+    cdef Py_ssize_t j = 0
+    if n_columns & 8:
+        affine_strip(x, 8, coefs, relu, False, y)
+        j = 8
+    if n_columns & 4:
+        affine_strip(x + j, 4, coefs + j, relu, False, y + j)
+        j += 4
+    if n_columns & 2:
+        affine_strip(x + j, 2, coefs + j, relu, False, y + j)
+        j += 2
+    if n_columns & 1:
+        affine_strip(x + j, 1, coefs + j, relu, False, y + j)
+
+
 cdef inline void affine_strips(
     const floating* x, Py_ssize_t x_ahead, Py_ssize_t n_strips, const floating* coefs, Py_ssize_t each,
     bint relu, bint stream, floating* y, Py_ssize_t y_ahead,
@@ -679,7 +708,7 @@ cdef inline void affine_runs_as(
         elif each and length > width:  # several rows
             i = min(length, before_line(x))
         if i:
-            affine_strip(x, i, coefs, relu, False, y)
+            affine_rest(x, i, coefs, relu, y)
             j = each * next_column(0, i, width)
         while i + STRIP <= length:
             n = strips_ahead(j, width, length - i)
@@ -689,15 +718,16 @@ cdef inline void affine_runs_as(
                 affine_strips(x + i, x_ahead, n, coefs + j, each, relu, False, y + i, y_ahead)
             i += n * STRIP
             j = each * next_column(j, n * STRIP, width)
-        affine_strip(x + i, length - i, coefs + j, relu, False, y + i)
+        affine_rest(x + i, length - i, coefs + j, relu, y + i)
         x += stride
         y += y_stride
+        coefs += (1 - each) * LANES
 
 
 cdef void affine_runs(
     const floating* x, Py_ssize_t stride, Py_ssize_t x_ahead, Py_ssize_t n_runs, Py_ssize_t length, Py_ssize_t width,
     const floating* coefs,
-    Py_ssize_t each,           # IN   1: every column has its coefficients, 0: a channel's are there for a whole strip
+    Py_ssize_t each,           # IN   1: every column has its coefficients, 0: every run has, one LANES times
     bint relu, bint stream, floating* y, Py_ssize_t y_stride, Py_ssize_t y_ahead,
 ) noexcept nogil:
     """Runs that lie `stride` apart, each of them contiguous, as rows of `width`, the last of them perhaps shorter."""
@@ -709,10 +739,10 @@ cdef void affine_runs(
 
 
 cdef inline void affine_run(
-    const floating* x, Py_ssize_t x_ahead, Py_ssize_t length, Py_ssize_t width, const floating* coefs, Py_ssize_t each,
+    const floating* x, Py_ssize_t x_ahead, Py_ssize_t length, Py_ssize_t width, const floating* coefs,
     bint relu, bint stream, floating* y,
 ) noexcept nogil:
-    affine_runs(x, 0, x_ahead, 1, length, width, coefs, each, relu, stream, y, 0, AHEAD)
+    affine_runs(x, 0, x_ahead, 1, length, width, coefs, 1, relu, stream, y, 0, AHEAD)
 
 
 cdef void affine_task(
@@ -726,8 +756,9 @@ cdef void affine_task(
     cdef Py_ssize_t c0 = tile * plan.tile
     cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
     cdef Py_ssize_t width = channels * plan.repeat, step = ROWS * plan.fold
-    cdef Py_ssize_t x_ahead = lead(stride, width), y_ahead = lead(y_stride, width)
-    cdef Py_ssize_t index, r, c, i, n
+    cdef Py_ssize_t segment = channels * plan.inner if plan.by_inner else width
+    cdef Py_ssize_t x_ahead = lead(stride, segment), y_ahead = lead(y_stride, segment)
+    cdef Py_ssize_t index, r, i, n
     cdef bint stream_rows = stream and (plan.fold == 1 or has_whole_lines(y, y_stride))
     cdef bint one_run = not plan.by_inner and stride == width and y_stride == width
     cdef floating* coefs = place_coefs(memory, before_line(y if stream else x) if one_run else 0)
@@ -738,22 +769,19 @@ cdef void affine_task(
     # Backwards: the end of the chunk, read last by moments_task, is still in the cache.
     for index in range(min((chunk + 1) * plan.chunk, plan.n_blocks) - 1, chunk * plan.chunk - 1, -1):
         block = block_within(plan, index, band)
-        if plan.by_inner:
+        if plan.by_inner:  # a call a row: one a run took 196 elements 15 to 30 % longer in L2
             for r in range(block.row, block.row + block.n_rows):
-                for c in range(channels):
-                    i = c * plan.inner + block.start
-                    affine_run(x + r * stride + i, AHEAD, block.length, block.length, coefs + c * LANES, 0,
-                               relu, stream, y + r * y_stride + i)
+                affine_runs(x + r * stride + block.start, plan.inner, x_ahead, channels, block.length, block.length,
+                            coefs, 0, relu, stream, y + r * y_stride + block.start, plan.inner, y_ahead)
         elif one_run:
             i = block.row * width
-            affine_run(x + i, AHEAD, block.n_rows * width, plan.fold * width, coefs, 1,
-                       relu, stream, y + i)
+            affine_run(x + i, AHEAD, block.n_rows * width, plan.fold * width, coefs, relu, stream, y + i)
         elif width < NARROW and y_stride == width:
             for i in range(ceil_div(block.n_rows, step)):
                 r = block.row + i * step
                 n = min(step, block.row + block.n_rows - r)
                 affine_run(gather(x + r * stride, stride, n, width, x_buffer), 0, n * width, plan.fold * width,
-                           coefs, 1, relu, stream, y + r * width)
+                           coefs, relu, stream, y + r * width)
         else:
             affine_runs(x + block.row * stride, stride, x_ahead, block.n_rows, width, width, coefs, 1,
                         relu, stream_rows, y + block.row * y_stride, y_stride, y_ahead)
@@ -807,13 +835,13 @@ cdef inline void grad_sums_strip(
 
 cdef inline void grad_sums_group(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
-    Py_ssize_t n_rows, Py_ssize_t width, const double* mean, const floating* coefs, bint relu,
-    double* s1, double* s2,
+    Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t dy_ahead, Py_ssize_t x_ahead,
+    const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t j = 0
     while j + STRIP <= width:
-        prefetch_rows(dy, dy_stride, n_rows, width, j, COLUMNS_AHEAD // 2)
-        prefetch_rows(x, x_stride, n_rows, width, j, COLUMNS_AHEAD // 2)
+        prefetch_rows(dy, dy_stride, n_rows, width, j, dy_ahead)
+        prefetch_rows(x, x_stride, n_rows, width, j, x_ahead)
         grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, STRIP, mean + j, coefs + j, relu, s1 + j, s2 + j)
         j += STRIP
     if (width - j) & 8:
@@ -829,24 +857,24 @@ cdef inline void grad_sums_group(
 
 cdef inline void grad_sums_rows_as(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
-    Py_ssize_t n_rows, Py_ssize_t width, const double* mean, const floating* coefs, bint relu,
-    double* s1, double* s2,
+    Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t dy_ahead, Py_ssize_t x_ahead,
+    const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t _i
     for _i in range(n_rows // ROWS):
-        grad_sums_group(dy, dy_stride, x, x_stride, ROWS, width, mean, coefs, relu, s1, s2)
+        grad_sums_group(dy, dy_stride, x, x_stride, ROWS, width, dy_ahead, x_ahead, mean, coefs, relu, s1, s2)
         dy += ROWS * dy_stride
         x += ROWS * x_stride
     if n_rows & 4:
-        grad_sums_group(dy, dy_stride, x, x_stride, 4, width, mean, coefs, relu, s1, s2)
+        grad_sums_group(dy, dy_stride, x, x_stride, 4, width, dy_ahead, x_ahead, mean, coefs, relu, s1, s2)
         dy += 4 * dy_stride
         x += 4 * x_stride
     if n_rows & 2:
-        grad_sums_group(dy, dy_stride, x, x_stride, 2, width, mean, coefs, relu, s1, s2)
+        grad_sums_group(dy, dy_stride, x, x_stride, 2, width, dy_ahead, x_ahead, mean, coefs, relu, s1, s2)
         dy += 2 * dy_stride
         x += 2 * x_stride
     if n_rows & 1:
-        grad_sums_group(dy, dy_stride, x, x_stride, 1, width, mean, coefs, relu, s1, s2)
+        grad_sums_group(dy, dy_stride, x, x_stride, 1, width, dy_ahead, x_ahead, mean, coefs, relu, s1, s2)
 
 
 cdef void grad_sums_rows(
@@ -855,10 +883,11 @@ cdef void grad_sums_rows(
     double* s1, double* s2,
 ) noexcept nogil:
     # A literal in each branch: a flag tested inside the strip would keep it from being vectorised.
+    cdef Py_ssize_t ahead = COLUMNS_AHEAD // 2
     if relu:
-        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, mean, coefs, True, s1, s2)
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, ahead, ahead, mean, coefs, True, s1, s2)
     else:
-        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, mean, coefs, False, s1, s2)
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, ahead, ahead, mean, coefs, False, s1, s2)
 
 
 cdef void grad_sums_run(
@@ -867,14 +896,23 @@ cdef void grad_sums_run(
 ) noexcept nogil:
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     cdef Py_ssize_t n_rows = length // width, done = n_rows * width
-    if width == LANES and relu:
-        grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, mean, coefs, True, s1, s2)
-    elif width == LANES:
-        grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, mean, coefs, False, s1, s2)
-    else:
-        grad_sums_rows(dy, width, x, width, n_rows, width, mean, coefs, relu, s1, s2)
+    grad_sums_rows(dy, width, x, width, n_rows, width, mean, coefs, relu, s1, s2)
     if done < length:
         grad_sums_rows(dy + done, width, x + done, width, 1, length - done, mean, coefs, relu, s1, s2)
+
+
+cdef void grad_sums_lanes(
+    const floating* dy, Py_ssize_t dy_ahead, const floating* x, Py_ssize_t x_ahead, Py_ssize_t length,
+    const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
+) noexcept nogil:
+    """The same as rows of LANES."""
+    cdef Py_ssize_t n_rows = length // LANES, done = n_rows * LANES
+    if relu:
+        grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, dy_ahead, x_ahead, mean, coefs, True, s1, s2)
+    else:
+        grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, dy_ahead, x_ahead, mean, coefs, False, s1, s2)
+    if done < length:
+        grad_sums_rows(dy + done, LANES, x + done, LANES, 1, length - done, mean, coefs, relu, s1, s2)
 
 
 cdef void grad_sums_apart(
@@ -927,8 +965,9 @@ cdef void grad_moments_task(
                 for c in range(channels):
                     i = c * plan.inner + block.start
                     n = c * LANES
-                    grad_sums_run(dy + r * dy_stride + i, x + r * x_stride + i, block.length, LANES,
-                                  mean + n, coefs + n, relu, s1 + n, s2 + n)
+                    grad_sums_lanes(dy + r * dy_stride + i, lead(dy_stride, channels * plan.inner),
+                                    x + r * x_stride + i, lead(x_stride, channels * plan.inner), block.length,
+                                    mean + n, coefs + n, relu, s1 + n, s2 + n)
         elif plan.fold == 1:
             grad_sums_rows(dy + block.row * dy_stride, dy_stride, x + block.row * x_stride, x_stride,
                            block.n_rows, width, mean, coefs, relu, s1, s2)
@@ -987,6 +1026,25 @@ cdef inline void grad_affine_strip(
     put_strip(grad_x, strip, n_columns, stream)
 
 
+cdef void grad_affine_rest(
+    const floating* dy, const floating* x, Py_ssize_t n_columns, const floating* coefs, bint relu, bint training,
+    floating* grad_x,
+) noexcept nogil:
+    """Fewer columns than a strip has."""
+    cdef Py_ssize_t j = 0
+    if n_columns & 8:
+        grad_affine_strip(dy, x, 8, coefs, relu, training, False, grad_x)
+        j = 8
+    if n_columns & 4:
+        grad_affine_strip(dy + j, x + j, 4, coefs + j, relu, training, False, grad_x + j)
+        j += 4
+    if n_columns & 2:
+        grad_affine_strip(dy + j, x + j, 2, coefs + j, relu, training, False, grad_x + j)
+        j += 2
+    if n_columns & 1:
+        grad_affine_strip(dy + j, x + j, 1, coefs + j, relu, training, False, grad_x + j)
+
+
 cdef inline void grad_affine_strips(
     const floating* dy, Py_ssize_t dy_ahead, const floating* x, Py_ssize_t x_ahead, Py_ssize_t n_strips,
     const floating* coefs, Py_ssize_t each, bint relu, bint training, bint stream,
@@ -1019,7 +1077,7 @@ cdef inline void grad_affine_runs_as(
         elif each and length > width:  # several rows
             i = min(length, before_line(x))
         if i:
-            grad_affine_strip(dy, x, i, coefs, relu, training, False, grad_x)
+            grad_affine_rest(dy, x, i, coefs, relu, training, grad_x)
             j = each * next_column(0, i, width)
         while i + STRIP <= length:
             n = strips_ahead(j, width, length - i)
@@ -1031,10 +1089,11 @@ cdef inline void grad_affine_runs_as(
                                    grad_x + i, grad_x_ahead)
             i += n * STRIP
             j = each * next_column(j, n * STRIP, width)
-        grad_affine_strip(dy + i, x + i, length - i, coefs + j, relu, training, False, grad_x + i)
+        grad_affine_rest(dy + i, x + i, length - i, coefs + j, relu, training, grad_x + i)
         dy += dy_stride
         x += x_stride
         grad_x += grad_x_stride
+        coefs += (1 - each) * LANES
 
 
 cdef void grad_affine_runs(
@@ -1060,9 +1119,9 @@ cdef void grad_affine_runs(
 
 cdef inline void grad_affine_run(
     const floating* dy, Py_ssize_t dy_ahead, const floating* x, Py_ssize_t x_ahead, Py_ssize_t length,
-    Py_ssize_t width, const floating* coefs, Py_ssize_t each, bint relu, bint training, bint stream, floating* grad_x,
+    Py_ssize_t width, const floating* coefs, bint relu, bint training, bint stream, floating* grad_x,
 ) noexcept nogil:
-    grad_affine_runs(dy, 0, dy_ahead, x, 0, x_ahead, 1, length, width, coefs, each, relu, training, stream,
+    grad_affine_runs(dy, 0, dy_ahead, x, 0, x_ahead, 1, length, width, coefs, 1, relu, training, stream,
                      grad_x, 0, AHEAD)
 
 
@@ -1080,9 +1139,10 @@ cdef void grad_affine_task(
     cdef Py_ssize_t c0 = tile * plan.tile
     cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
     cdef Py_ssize_t width = channels * plan.repeat, step = ROWS * plan.fold
-    cdef Py_ssize_t dy_ahead = lead(dy_stride, width), x_ahead = lead(x_stride, width)
-    cdef Py_ssize_t grad_x_ahead = lead(grad_x_stride, width)
-    cdef Py_ssize_t index, r, c, i, n
+    cdef Py_ssize_t segment = channels * plan.inner if plan.by_inner else width
+    cdef Py_ssize_t dy_ahead = lead(dy_stride, segment), x_ahead = lead(x_stride, segment)
+    cdef Py_ssize_t grad_x_ahead = lead(grad_x_stride, segment)
+    cdef Py_ssize_t index, r, i, n
     cdef bint stream_rows = stream and (plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride))
     cdef bint one_run = not plan.by_inner and dy_stride == width and x_stride == width and grad_x_stride == width
     cdef floating* coefs = place_coefs(memory, before_line(grad_x if stream else x) if one_run else 0)
@@ -1096,14 +1156,13 @@ cdef void grad_affine_task(
         block = block_within(plan, index, band)
         if plan.by_inner:
             for r in range(block.row, block.row + block.n_rows):
-                for c in range(channels):
-                    i = c * plan.inner + block.start
-                    grad_affine_run(dy + r * dy_stride + i, AHEAD, x + r * x_stride + i, AHEAD,
-                                    block.length, block.length, coefs + c * LANES, 0, relu, training, stream,
-                                    grad_x + r * grad_x_stride + i)
+                grad_affine_runs(dy + r * dy_stride + block.start, plan.inner, dy_ahead,
+                                 x + r * x_stride + block.start, plan.inner, x_ahead,
+                                 channels, block.length, block.length, coefs, 0, relu, training, stream,
+                                 grad_x + r * grad_x_stride + block.start, plan.inner, grad_x_ahead)
         elif one_run:
             i = block.row * width
-            grad_affine_run(dy + i, AHEAD, x + i, AHEAD, block.n_rows * width, plan.fold * width, coefs, 1, relu,
+            grad_affine_run(dy + i, AHEAD, x + i, AHEAD, block.n_rows * width, plan.fold * width, coefs, relu,
                             training, stream, grad_x + i)
         elif width < NARROW and grad_x_stride == width:
             for i in range(ceil_div(block.n_rows, step)):
@@ -1111,7 +1170,7 @@ cdef void grad_affine_task(
                 n = min(step, block.row + block.n_rows - r)
                 grad_affine_run(gather(dy + r * dy_stride, dy_stride, n, width, dy_buffer), 0,
                                 gather(x + r * x_stride, x_stride, n, width, x_buffer), 0, n * width,
-                                plan.fold * width, coefs, 1, relu, training, stream, grad_x + r * width)
+                                plan.fold * width, coefs, relu, training, stream, grad_x + r * width)
         else:
             grad_affine_runs(dy + block.row * dy_stride, dy_stride, dy_ahead, x + block.row * x_stride, x_stride,
                              x_ahead, block.n_rows, width, width, coefs, 1, relu, training, stream_rows,

@@ -118,7 +118,9 @@ def ceil_div(a, b):
 def make_plan(outer, channels, inner):
     by_inner = inner >= SHORT_INNER
     repeat = LANES if by_inner else inner
-    tile = max(1, min(INNER_TILE, INNER_TILE_SIZE // (outer * inner))) if by_inner else TILE // repeat
+    tile = INNER_TILE if by_inner else TILE // repeat
+    while by_inner and tile > 1 and tile * outer * inner > INNER_TILE_SIZE:  # halved: tiles divide among threads
+        tile //= 2
     n_tiles = ceil_div(channels, tile)
     tile = ceil_div(channels, n_tiles)
     if not by_inner and n_tiles > 1:
@@ -195,6 +197,13 @@ def fold_sums(wide, channels, repeat, fold):
             wide[c] = total
 
 
+@helper
+def lead(stride, width):
+    """How many elements ahead to fetch: AHEAD of them, which are whole rows where short rows lie apart. Beyond their
+    ends lies what other tasks want."""
+    return AHEAD if stride == width or width >= 4 * AHEAD else stride * max(1, AHEAD // width)
+
+
 @inline
 def prefetch_strip(x, n):
     """The lines of the n elements at x."""
@@ -257,7 +266,7 @@ def sums_strip(
 def coming(x, stride, n_rows, width, j, ahead):
     """What lies `ahead` columns behind column j of these rows: there, or in the next n_rows rows."""
     if stride == LANES:  # a channel's run; the next rows would be too near
-        return at(x, j + AHEAD)
+        return at(x, j + ahead)
     k = j + min(width, ahead)
     return at(x, k if k < width else n_rows * stride + k - width)
 
@@ -274,22 +283,22 @@ def prefetch_rows(x, stride, n_rows, width, j, ahead):
 
 
 @inline
-def sums_group(x, stride, n_rows, width, pivot, s1, s2):
+def sums_group(x, stride, n_rows, width, ahead, pivot, s1, s2):
     done = width // STRIP * STRIP
     for j in range(0, done, STRIP):
-        prefetch_rows(x, stride, n_rows, width, j, COLUMNS_AHEAD)
+        prefetch_rows(x, stride, n_rows, width, j, ahead)
         # Of a literal width: with another, LLVM kept a pointer for each row, most of them on the stack (22 % longer).
         sums_strip(at(x, j), stride, n_rows, STRIP, at(pivot, j), at(s1, j), at(s2, j))
     sums_strip(at(x, done), stride, n_rows, width - done, at(pivot, done), at(s1, done), at(s2, done))
 
 
 @inline
-def sums_rows_as(x, stride, n_rows, width, pivot, s1, s2):
+def sums_rows_as(x, stride, n_rows, width, ahead, pivot, s1, s2):
     done = n_rows // ROWS * ROWS
     for r in range(0, done, ROWS):
-        sums_group(at(x, r * stride), stride, ROWS, width, pivot, s1, s2)
+        sums_group(at(x, r * stride), stride, ROWS, width, ahead, pivot, s1, s2)
     if n_rows & 4:
-        sums_group(at(x, done * stride), stride, 4, width, pivot, s1, s2)
+        sums_group(at(x, done * stride), stride, 4, width, ahead, pivot, s1, s2)
         done += 4
     for r in range(done, n_rows):
         sums_strip(at(x, r * stride), stride, 1, width, pivot, s1, s2)
@@ -300,7 +309,7 @@ def sums_rows(x, stride, n_rows, width, rest, pivot, s1, s2):
     """n_rows rows, and the first `rest` columns of one more."""
     restrict()
     wide_vectors()
-    sums_rows_as(x, stride, n_rows, width, pivot, s1, s2)
+    sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, pivot, s1, s2)
     sums_strip(at(x, n_rows * stride), stride, 1, rest, pivot, s1, s2)
 
 
@@ -311,12 +320,12 @@ def sums_run(x, length, width, pivot, s1, s2):
 
 
 @sums_helper
-def sums_lanes(x, length, pivot, s1, s2):
+def sums_lanes(x, length, ahead, pivot, s1, s2):
     """The same as rows of LANES: by a literal, runs of 196 take two thirds of the time."""
     restrict()
     wide_vectors()
     n_rows = length // LANES
-    sums_rows_as(x, LANES, n_rows, LANES, pivot, s1, s2)
+    sums_rows_as(x, LANES, n_rows, LANES, ahead, pivot, s1, s2)
     sums_strip(at(x, n_rows * LANES), LANES, 1, length - n_rows * LANES, pivot, s1, s2)
 
 
@@ -339,7 +348,8 @@ def sums_block(x, stride, n_rows, length, channels, plan, buffer, pivot, s1, s2)
         for r in range(n_rows):
             for c in range(channels):
                 n = c * LANES
-                sums_lanes(at(x, r * stride + c * plan.inner), length, at(pivot, n), at(s1, n), at(s2, n))
+                sums_lanes(at(x, r * stride + c * plan.inner), length, lead(stride, channels * plan.inner),
+                           at(pivot, n), at(s1, n), at(s2, n))
     elif plan.fold == 1:
         sums_rows(x, stride, n_rows, width, width - width, pivot, s1, s2)
     elif stride == width:
@@ -547,12 +557,6 @@ def spread_rows(
 # ---------------------------------------------------------------------------------------------------------------------
 
 @helper
-def lead(plan, stride, width):
-    """How many elements ahead to fetch: AHEAD of them, which are whole rows where the rows lie apart."""
-    return AHEAD if plan.by_inner or stride == width else stride * max(1, AHEAD // width)
-
-
-@helper
 def before_line(y):
     """How many elements lie before the first whole cache line."""
     return (-address(y) & (LINE - 1)) // (address(at(y, 1)) - address(y))
@@ -692,7 +696,8 @@ def affine_task(
     x = at(x, c0 * plan.inner)
     y = at(y, c0 * plan.inner)
     each = 0 if plan.by_inner else 1
-    x_ahead, y_ahead = lead(plan, stride, width), lead(plan, y_stride, width)
+    segment = channels * plan.inner if plan.by_inner else width
+    x_ahead, y_ahead = lead(stride, segment), lead(y_stride, segment)
     whole = plan.fold == 1 or has_whole_lines(y, y_stride)
     row_route = DIRECT if route == STREAMED and not whole else route
     # Backwards: the end of the chunk, read last by moments_task, is still in the cache.
@@ -755,11 +760,11 @@ def grad_sums_strip(
 
 
 @inline
-def grad_sums_group(dy, dy_stride, x, x_stride, n_rows, width, mean, coefs, relu, s1, s2):
+def grad_sums_group(dy, dy_stride, x, x_stride, n_rows, width, dy_ahead, x_ahead, mean, coefs, relu, s1, s2):
     done = width // STRIP * STRIP
     for j in range(0, done, STRIP):
-        prefetch_rows(dy, dy_stride, n_rows, width, j, COLUMNS_AHEAD // 2)
-        prefetch_rows(x, x_stride, n_rows, width, j, COLUMNS_AHEAD // 2)
+        prefetch_rows(dy, dy_stride, n_rows, width, j, dy_ahead)
+        prefetch_rows(x, x_stride, n_rows, width, j, x_ahead)
         grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, STRIP,
                         at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
     grad_sums_strip(at(dy, done), dy_stride, at(x, done), x_stride, n_rows, width - done,
@@ -767,14 +772,14 @@ def grad_sums_group(dy, dy_stride, x, x_stride, n_rows, width, mean, coefs, relu
 
 
 @inline
-def grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, mean, coefs, relu, s1, s2):
+def grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, dy_ahead, x_ahead, mean, coefs, relu, s1, s2):
     done = n_rows // ROWS * ROWS
     for r in range(0, done, ROWS):
         grad_sums_group(at(dy, r * dy_stride), dy_stride, at(x, r * x_stride), x_stride, ROWS, width,
-                        mean, coefs, relu, s1, s2)
+                        dy_ahead, x_ahead, mean, coefs, relu, s1, s2)
     if n_rows & 4:
         grad_sums_group(at(dy, done * dy_stride), dy_stride, at(x, done * x_stride), x_stride, 4, width,
-                        mean, coefs, relu, s1, s2)
+                        dy_ahead, x_ahead, mean, coefs, relu, s1, s2)
         done += 4
     for r in range(done, n_rows):
         grad_sums_strip(at(dy, r * dy_stride), dy_stride, at(x, r * x_stride), x_stride, 1, width,
@@ -786,7 +791,8 @@ def grad_sums_rows(dy, dy_stride, x, x_stride, n_rows, width, rest, mean, coefs,
     """n_rows rows, and the first `rest` columns of one more."""
     restrict()
     wide_vectors()
-    grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, mean, coefs, relu, s1, s2)
+    ahead = COLUMNS_AHEAD // 2
+    grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, ahead, ahead, mean, coefs, relu, s1, s2)
     grad_sums_strip(at(dy, n_rows * dy_stride), dy_stride, at(x, n_rows * x_stride), x_stride, 1, rest,
                     mean, coefs, relu, s1, s2)
 
@@ -798,13 +804,13 @@ def grad_sums_run(dy, x, length, width, mean, coefs, relu, s1, s2):
 
 
 @sums_helper
-def grad_sums_lanes(dy, x, length, mean, coefs, relu, s1, s2):
+def grad_sums_lanes(dy, dy_ahead, x, x_ahead, length, mean, coefs, relu, s1, s2):
     """The same as rows of LANES."""
     restrict()
     wide_vectors()
     n_rows = length // LANES
     done = n_rows * LANES
-    grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, mean, coefs, relu, s1, s2)
+    grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, dy_ahead, x_ahead, mean, coefs, relu, s1, s2)
     grad_sums_strip(at(dy, done), LANES, at(x, done), LANES, 1, length - done, mean, coefs, relu, s1, s2)
 
 
@@ -857,7 +863,8 @@ def grad_moments_task(
                 for c in range(channels):
                     i = c * plan.inner + block.start
                     n = c * LANES
-                    grad_sums_lanes(at(dy, r * dy_stride + i), at(x, r * x_stride + i), block.length,
+                    grad_sums_lanes(at(dy, r * dy_stride + i), lead(dy_stride, channels * plan.inner),
+                                    at(x, r * x_stride + i), lead(x_stride, channels * plan.inner), block.length,
                                     at(mean, n), at(coefs, n), relu, at(s1, n), at(s2, n))
         elif plan.fold == 1:
             grad_sums_rows(at(dy, block.row * dy_stride), dy_stride, at(x, block.row * x_stride), x_stride,
@@ -1010,8 +1017,8 @@ def grad_affine_task(
     x = at(x, c0 * plan.inner)
     grad_x = at(grad_x, c0 * plan.inner)
     each = 0 if plan.by_inner else 1
-    dy_ahead, x_ahead = lead(plan, dy_stride, width), lead(plan, x_stride, width)
-    grad_x_ahead = lead(plan, grad_x_stride, width)
+    segment = channels * plan.inner if plan.by_inner else width
+    dy_ahead, x_ahead, grad_x_ahead = lead(dy_stride, segment), lead(x_stride, segment), lead(grad_x_stride, segment)
     whole = plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride)
     row_route = DIRECT if route == STREAMED and not whole else route
     for index in range(min((chunk + 1) * plan.chunk, plan.n_blocks) - 1, chunk * plan.chunk - 1, -1):
