@@ -487,12 +487,13 @@ def normalize_channels(
     restrict()
     var, invstd = at(stats, plan.channels), at(stats, 2 * plan.channels)
     scale, offset = at(coefs, plan.channels), at(coefs, 2 * plan.channels)
-    if n != 1:
+    weight = 1 / n
+    if int(n) & (int(n) - 1):
         for c in range(c0, c1):
             var[c] = m2[c] / n
-    else:  # the variances themselves, at inference
+    else:  # a power of two (at inference 1): the product is exact
         for c in range(c0, c1):
-            var[c] = m2[c]
+            var[c] = m2[c] * weight
     for c in range(c0, c1):
         invstd[c] = 1 / np.sqrt(var[c] + eps)
     for c in range(c0, c1):
