@@ -196,7 +196,7 @@ cdef inline Py_ssize_t lead(Py_ssize_t stride, Py_ssize_t width) noexcept nogil:
 
 
 cdef inline void prefetch_strip(const floating* x) noexcept nogil:
-    """A strip of float64 is two lines: with one of them, the elementwise passes took 15 to 30 % longer up to 8 MB."""
+    """A strip of float64 is two lines: with one of them, the elementwise passes took 15 to 30 % longer."""
     prefetch(x)
     if floating is double:
         prefetch(x + STRIP // 2)
