@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastbn import _dispatch, _layout, _memory
+from fastbn import _dispatch, _layout
 
 
 class Saved:
@@ -123,7 +123,7 @@ def batch_norm(
     kernels = _dispatch.kernels(backend)
     threads = _dispatch.thread_count(num_threads)
     whole = getattr(kernels, "whole_batch_norm", None)
-    done = whole and whole(x, gamma, beta, axis, eps, activation, out, threads, *_memory.SOURCE)
+    done = whole and whole(x, gamma, beta, axis, eps, activation, out, threads)
     if done:
         y, count, in_place, stats, coefs = done
         return y, Saved(x, axis, count, eps, activation is not None, True, in_place, stats, coefs)
@@ -201,7 +201,7 @@ def normalize(
     kernels = _dispatch.kernels(backend)
     threads = _dispatch.thread_count(num_threads)
     whole = getattr(kernels, "whole_batch_norm_inference", None)
-    done = whole and whole(x, mean, var, gamma, beta, axis, eps, activation, out, threads, *_memory.SOURCE)
+    done = whole and whole(x, mean, var, gamma, beta, axis, eps, activation, out, threads)
     if done:
         y, count, in_place, stats, coefs = done
         return y, Saved(x, axis, count, eps, activation is not None, False, in_place, stats, coefs)
@@ -278,7 +278,7 @@ def batch_norm_backward(
     x = saved.x
     whole = getattr(kernels, "whole_batch_norm_backward", None)
     done = whole and whole(
-        grad_y, x, saved.axis, saved.stats, saved.coefs, saved.relu, saved.training, out, threads, *_memory.SOURCE
+        grad_y, x, saved.axis, saved.stats, saved.coefs, saved.relu, saved.training, out, threads
     )
     if done:
         grad_x, grads = done

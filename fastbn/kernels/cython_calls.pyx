@@ -4,7 +4,11 @@ from cython.parallel cimport parallel
 from libc.math cimport INFINITY
 from libc.stdlib cimport free, malloc
 
+from fastbn._memory import POOLED_BYTES, take
+
 cnp.import_array()
+
+cdef Py_ssize_t pooled_bytes = POOLED_BYTES
 
 cdef extern from "machine.h" nogil:
     const int fastbn_has_openmp
@@ -301,8 +305,7 @@ def batch_norm_backward(
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole calls, checks and all, for plain arguments: C-contiguous native arrays of one dtype. At 64 x 128 the general way
 # through functional.py and _layout.py costs 27 us, the kernel 6 us. They answer None, with nothing done, to whatever
-# they do not know; the general way takes it, and raises the errors. New outputs of `pooled` bytes and more come from
-# `empty`, smaller ones are made here.
+# they do not know; the general way takes it, and raises the errors.
 # ---------------------------------------------------------------------------------------------------------------------
 
 cdef inline bint is_plain(x) noexcept:
@@ -357,10 +360,16 @@ cdef Plan plain_plan(cnp.ndarray x, axis):
     return make_plan(outer, cnp.PyArray_DIM(x, at), inner)
 
 
-cdef inline cnp.ndarray new_like(cnp.ndarray x, Py_ssize_t pooled, empty):
-    if cnp.PyArray_NBYTES(x) >= pooled:
-        return empty((<object>x).shape, (<object>x).dtype)
-    return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
+cdef cnp.ndarray new_like(cnp.ndarray x):
+    """What _memory.empty would give."""
+    cdef int ndim = cnp.PyArray_NDIM(x), typenum = cnp.PyArray_TYPE(x)
+    cdef cnp.ndarray y
+    if cnp.PyArray_NBYTES(x) < pooled_bytes:
+        return cnp.PyArray_EMPTY(ndim, cnp.PyArray_DIMS(x), typenum, 0)
+    block = take(cnp.PyArray_NBYTES(x))
+    y = cnp.PyArray_SimpleNewFromData(ndim, cnp.PyArray_DIMS(x), typenum, <void*><uintptr_t>block.address)
+    cnp.set_array_base(y, block)
+    return y
 
 
 cdef inline cnp.ndarray new_rows(Py_ssize_t rows, Py_ssize_t channels, int typenum):
@@ -385,7 +394,6 @@ cdef inline const double* statistics_of(values, Py_ssize_t channels, double* mem
 
 def whole_batch_norm(
     x, gamma, beta, axis, eps, activation, out, int num_threads,
-    Py_ssize_t pooled, empty,
 ):
     """(y, count, whether in place, stats, coefs), or None."""
     cdef cnp.ndarray y, stats, coefs
@@ -399,7 +407,7 @@ def whole_batch_norm(
             and is_plain_vector(gamma, plan.channels, typenum) and is_plain_vector(beta, plan.channels, typenum)
             and is_plain_output(out, x) and is_apart_from(gamma, out) and is_apart_from(beta, out)):
         return None
-    y = new_like(x, pooled, empty) if out is None else out
+    y = new_like(x) if out is None else out
     stats = new_rows(3, plan.channels, cnp.NPY_FLOAT64)
     coefs = new_rows(3, plan.channels, typenum)
     if typenum == cnp.NPY_FLOAT32:
@@ -417,7 +425,6 @@ def whole_batch_norm(
 
 def whole_batch_norm_inference(
     x, mean, var, gamma, beta, axis, eps, activation, out, int num_threads,
-    Py_ssize_t pooled, empty,
 ):
     """(y, count, whether in place, stats, coefs), or None."""
     cdef cnp.ndarray y, stats, coefs
@@ -445,7 +452,7 @@ def whole_batch_norm_inference(
         n_negative += variances[c] < 0
     if n_negative:
         return None
-    y = new_like(x, pooled, empty) if out is None else out
+    y = new_like(x) if out is None else out
     coefs = new_rows(3, plan.channels, typenum)
     if typenum == cnp.NPY_FLOAT32:
         launch_inference[float](
@@ -462,7 +469,6 @@ def whole_batch_norm_inference(
 
 def whole_batch_norm_backward(
     grad_y, x, axis, cnp.ndarray stats, cnp.ndarray coefs, bint relu, bint training, out, int num_threads,
-    Py_ssize_t pooled, empty,
 ):
     """(grad_x, grads), or None."""
     cdef cnp.ndarray grad_x, grads
@@ -475,7 +481,7 @@ def whole_batch_norm_backward(
     if not plan.channels or training and plan.outer * plan.inner == 2:  # functional.py has a formula for two values
         return None
     typenum = cnp.PyArray_TYPE(<cnp.ndarray>x)
-    grad_x = new_like(x, pooled, empty) if out is None else out
+    grad_x = new_like(x) if out is None else out
     grads = new_rows(2, plan.channels, typenum)
     if typenum == cnp.NPY_FLOAT32:
         launch_batch_norm_backward[float](

@@ -15,7 +15,7 @@ import numba
 import numpy as np
 from numba import cfunc, njit, prange, types
 
-from fastbn import _layout
+from fastbn import _layout, _memory
 from fastbn.kernels.numba_kernels import (
     BUFFERED,
     DIRECT,
@@ -370,8 +370,7 @@ def batch_norm_backward(grad_y, x, stats, coefs, relu, training, out, grads, num
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole calls, for plain arguments: C-contiguous native arrays of one dtype. The general way through functional.py and
 # _layout.py costs 20 us, and 90 us where a kernel has swept it out of the cache. They answer None, with nothing done,
-# to whatever they do not know; the general way takes it, and raises the errors. `empty` makes the outputs, also those
-# below `pooled` bytes.
+# to whatever they do not know; the general way takes it, and raises the errors.
 # ---------------------------------------------------------------------------------------------------------------------
 
 def is_plain(x, dtypes=_layout.FLOATS):
@@ -404,19 +403,19 @@ def are_plain_options(gamma, beta, eps, activation, channels, dtype):
             and type(eps) is float and 0 <= eps < math.inf and (activation is None or activation == "relu"))
 
 
-def whole_batch_norm(x, gamma, beta, axis, eps, activation, out, num_threads, pooled, empty):
+def whole_batch_norm(x, gamma, beta, axis, eps, activation, out, num_threads):
     """(y, count, whether in place, stats, coefs), or None."""
     view = plain_view(x, axis)
     if not (view and view[0] * view[2] > 1 and are_plain_options(gamma, beta, eps, activation, view[1], x.dtype)
             and is_plain_output(out, x, gamma, beta)):
         return None
-    y = empty(x.shape, x.dtype) if out is None else out
+    y = _memory.empty(x.shape, x.dtype) if out is None else out
     stats, coefs = np.empty((3, view[1])), np.empty((3, view[1]), x.dtype)
     batch_norm(x.reshape(view), gamma, beta, eps, activation is not None, y.reshape(view), stats, coefs, num_threads)
     return y, view[0] * view[2], y is x, stats, coefs
 
 
-def whole_batch_norm_inference(x, mean, var, gamma, beta, axis, eps, activation, out, num_threads, pooled, empty):
+def whole_batch_norm_inference(x, mean, var, gamma, beta, axis, eps, activation, out, num_threads):
     """(y, count, whether in place, stats, coefs), or None."""
     view = plain_view(x, axis)
     if not (view and are_plain_options(gamma, beta, eps, activation, view[1], x.dtype)
@@ -424,16 +423,14 @@ def whole_batch_norm_inference(x, mean, var, gamma, beta, axis, eps, activation,
             and is_plain_output(out, x, mean, var, gamma, beta)
             and var.min() >= 0):  # nor NaN: in one pass, 2 us instead of 4
         return None
-    y = empty(x.shape, x.dtype) if out is None else out
+    y = _memory.empty(x.shape, x.dtype) if out is None else out
     stats, coefs = np.empty((3, view[1])), np.empty((3, view[1]), x.dtype)
     batch_norm_inference(x.reshape(view), mean, var, gamma, beta, eps, activation is not None, y.reshape(view),
                          stats, coefs, num_threads)
     return y, view[0] * view[2], y is x, stats, coefs
 
 
-def whole_batch_norm_backward(
-    grad_y, x, axis, stats, coefs, relu, training, out, num_threads, pooled, empty,
-):
+def whole_batch_norm_backward(grad_y, x, axis, stats, coefs, relu, training, out, num_threads):
     """(grad_x, grads), or None."""
     view = plain_view(x, axis)
     if not (view and is_plain(grad_y, (x.dtype,)) and grad_y.shape == x.shape
@@ -441,7 +438,7 @@ def whole_batch_norm_backward(
         return None
     if training and view[0] * view[2] == 2:  # functional.py has a formula for two values
         return None
-    grad_x = empty(x.shape, x.dtype) if out is None else out
+    grad_x = _memory.empty(x.shape, x.dtype) if out is None else out
     grads = np.empty((2, view[1]), x.dtype)
     batch_norm_backward(grad_y.reshape(view), x.reshape(view), stats, coefs, relu, training, grad_x.reshape(view),
                         grads, num_threads)
