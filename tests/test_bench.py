@@ -291,6 +291,24 @@ def test_an_interrupt_while_writing_leaves_the_old_file(tmp_path, monkeypatch, o
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("page.png", "old")]
 
 
+def test_the_rounds_of_a_case_are_spread_over_passes(monkeypatch):
+    wanted = [cases.parse("moments", shape) for shape in ("24x8", "12x4")]
+    turns = []
+    real = Processes.run
+    monkeypatch.setattr(measure, "PAUSE", 0)
+    with Processes(1) as processes:
+        monkeypatch.setattr(Processes, "run", lambda *words: turns.append(words[1:]) or real(*words))
+        shares = []
+        plan = Plan(threads=1, rounds=7, seconds=1e-4, backends=(), peers=("numpy",))
+        results = measure.measure(wanted, plan, processes, lambda case, part: shares.append((case.shape, part)))
+    assert [shape for shape, part in shares if part] == (
+        3 * [(12, 4)] + 3 * [(24, 8)] + 2 * [(12, 4)] + 2 * [(24, 8)] + 2 * [(12, 4)] + 2 * [(24, 8)])
+    assert sum(part for _, part in shares) == pytest.approx(2)
+    assert [result.case for result in results] == wanted
+    numpy_turns = [words for words in turns if words[0] == "numpy"]
+    assert sum(len(result.samples["numpy"]) for result in results) == sum(times for _, _, times in numpy_turns)
+
+
 def test_a_failing_side_is_reported_and_the_others_go_on():
     case = cases.parse("moments", "24x8")
     plan = Plan(threads=1, rounds=2, seconds=1e-4, backends=("cython",), peers=("nosuch", "numpy"))

@@ -1,4 +1,8 @@
-"""Rounds: in each, every side runs its calls once, in turns that rotate; the figure of a side is its median sample."""
+"""Rounds: in each, every side runs its calls once, in turns that rotate; the figure of a side is its median sample.
+
+The rounds of a case are spread over passes through all the cases, minutes apart: what else a machine does may slow some
+minutes down, and one side more than another.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from fastbn.bench.roofline import bytes_moved
 from fastbn.bench.worker import PEERS
 
 PAUSE = 0.02  # seconds between two sides: the OpenMP threads of the last one spin for 8 to 12 ms
+PASSES = 3
 SAMPLES = 9  # at most so many in a round: a call, or several where they are short
 REFERENCE_BYTES = 1_000_000  # fastbn's NumPy reference is measured up to here, unless asked for
 
@@ -86,12 +91,13 @@ def measure(
     `tick` is told of the case at work and of the part of a case that was done since the last time.
     """
     order = sorted(range(len(cases)), key=lambda i: (cases[i].nbytes, cases[i].array, i))
-    results: dict[int, Result] = {}
-    for i, following in zip(order, [*order[1:], None], strict=True):
-        results[i] = _measure_one(cases[i], plan, processes, tick)
-        if following is None or cases[following].array != cases[i].array:
-            processes.forget()
-    return [results[i] for i in range(len(cases))]
+    results = [Result(case) for case in cases]
+    for first in range(min(PASSES, plan.rounds)):
+        for i, following in zip(order, [*order[1:], None], strict=True):
+            _measure_rounds(results[i], range(first, plan.rounds, PASSES), plan, processes, tick)
+            if following is None or cases[following].array != cases[i].array:
+                processes.forget()
+    return results
 
 
 def split(calls: float) -> tuple[int, int]:
@@ -100,11 +106,15 @@ def split(calls: float) -> tuple[int, int]:
     return max(1, round(calls / samples)), samples
 
 
-def _measure_one(case: Case, plan: Plan, processes: Processes, tick: Callable[[Case, float], None]) -> Result:
-    result = Result(case)
+def _measure_rounds(
+    result: Result, rounds: range, plan: Plan, processes: Processes, tick: Callable[[Case, float], None],
+) -> None:
+    case = result.case
     tick(case, 0)
     work: dict[str, tuple[int, int]] = {}
     for label in plan.sides(case):
+        if label in result.errors:
+            continue
         try:
             estimate = processes.prepare(label, case)
         except WorkerError as error:
@@ -112,8 +122,8 @@ def _measure_one(case: Case, plan: Plan, processes: Processes, tick: Callable[[C
             continue
         if estimate is not None:
             work[label] = split(plan.seconds / estimate)
-            result.samples[label] = []
-    for turn in range(plan.rounds):
+            result.samples.setdefault(label, [])
+    for turn in rounds:
         labels = list(work)
         first = turn % len(labels) if labels else 0
         for label in labels[first:] + labels[:first]:
@@ -124,4 +134,3 @@ def _measure_one(case: Case, plan: Plan, processes: Processes, tick: Callable[[C
                 result.errors[label] = str(error)
                 del work[label], result.samples[label]
         tick(case, 1 / plan.rounds)
-    return result

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastbn.bench.measure import Plan, Result
+from fastbn.bench.measure import PASSES, Plan, Result
 from fastbn.bench.tables import as_markdown, as_text, tables
 from fastbn.bench.targets import verdicts
 
@@ -56,7 +56,8 @@ def facts(run: Run) -> dict[str, str]:
         "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
         **({"missing": ", ".join(run.missing) + " (not installed)"} if run.missing else {}),
         **({"other programs": _shares(run.others)} if run.others else {}),
-        "rounds": f"{run.plan.rounds}, with about {run.plan.seconds * 1e3:g} ms of calls per side each",
+        "rounds": f"{run.plan.rounds} in {min(PASSES, run.plan.rounds)} passes, "
+                  f"with about {run.plan.seconds * 1e3:g} ms of calls per side each",
         "date": run.date,
     }
 
