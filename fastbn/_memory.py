@@ -107,10 +107,15 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
 def take(nbytes: int) -> Block:
     """The owner of so many bytes of aligned memory, from the pool or new; for arrays to have as their base."""
     nbytes = -(-nbytes // _GRAIN) * _GRAIN + _ALIGN
+    return Block(_kept(nbytes) or _new(nbytes))
+
+
+def _kept(nbytes: int) -> _Piece | None:
+    """Of the free pieces one of that size; in a function of its own, lest the search still hold what _new gives up."""
     for key, piece in reversed(_free.copy().items()):  # the latest is the likeliest to be in a cache
         if piece.nbytes == nbytes and _free.pop(key, None) is not None:
-            return Block(piece)
-    return Block(_new(nbytes))
+            return piece
+    return None
 
 
 def _new(nbytes: int) -> _Piece:

@@ -1,6 +1,7 @@
 """The memory of large outputs is reused, but never while anything still looks at it."""
 
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -106,17 +107,20 @@ def test_out_of_memory_empties_the_pool_and_tries_once_more(pool, x, monkeypatch
     y, _ = fastbn.batch_norm(x)
     del y
     assert pool.kept_bytes() > 0
-    real, failures = np.empty, [MemoryError]
+    kept = weakref.ref(next(iter(pool._free.values())).memory)
+    real, failures, freed = np.empty, [MemoryError], []
 
     def empty(shape, dtype=float):
         if np.dtype(dtype) == np.uint8 and failures:
             raise failures.pop()
+        freed.append(kept() is None)
         return real(shape, dtype)
 
     monkeypatch.setattr(np, "empty", empty)
     array = _memory.empty((2 * ROWS, 64), np.dtype(np.float32))
     assert array.shape == (2 * ROWS, 64)
     assert not failures
+    assert freed == [True]
     assert pool.kept_bytes() == 0
     failures += [MemoryError, MemoryError]
     with pytest.raises(MemoryError):
