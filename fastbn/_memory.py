@@ -8,7 +8,7 @@ memory still referenced anywhere is never handed out again.
 
 There is no lock: destructors run at any moment, in the middle of anything, and a lock held by another thread at a fork,
 or by one that was interrupted, would never be released. Each step is one operation of a dict, which is atomic, and
-``pop`` gives a piece to one thread alone.
+``pop`` gives a block to one thread alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _GRAIN = 1 << 20  # sizes are rounded up to this, so that batches of nearly the 
 _ALIGN = 64
 
 
-class _Piece:
+class _Block:
     """Memory that goes from one owner to the next; from `address` on, it is aligned."""
 
     __slots__ = ("address", "memory", "nbytes")
@@ -35,10 +35,11 @@ class _Piece:
     def __init__(self, nbytes: int) -> None:
         self.memory = np.empty(nbytes, np.uint8)
         self.nbytes = nbytes
-        self.address = self.memory.ctypes.data + -self.memory.ctypes.data % _ALIGN
+        start = self.memory.ctypes.data
+        self.address = start + -start % _ALIGN
 
 
-_free: dict[int, _Piece] = {}  # by id, oldest first
+_free: dict[int, _Block] = {}  # by id, oldest first
 
 
 def _default_limit() -> int:
@@ -58,32 +59,32 @@ def _default_limit() -> int:
 _limit = _default_limit()
 
 
-class Block:
-    """The owner of a piece, for as long as arrays look at it."""
+class Owner:
+    """The owner of a block, for as long as arrays look at it."""
 
-    __slots__ = ("__array_interface__", "address", "piece")
+    __slots__ = ("__array_interface__", "address", "block")
 
     __array_interface__: dict[str, Any]  # set where NumPy is to read it
 
-    def __init__(self, piece: _Piece) -> None:
-        self.piece = piece
-        self.address = piece.address
+    def __init__(self, block: _Block) -> None:
+        self.block = block
+        self.address = block.address
 
     def __del__(self) -> None:
-        _give_back(self.piece)
+        _give_back(self.block)
 
 
-def _give_back(piece: _Piece) -> None:
-    if piece.nbytes <= _limit:
-        _free[id(piece)] = piece
-        if len(_free) > 1:
+def _give_back(block: _Block) -> None:
+    if block.nbytes <= _limit:
+        _free[id(block)] = block
+        if len(_free) > 1:  # one alone is within the limit
             _trim(_limit)
 
 
 def _trim(limit: int) -> None:
-    pieces = _free.copy()
-    excess = sum([piece.nbytes for piece in pieces.values()]) - limit
-    for key in pieces:
+    blocks = _free.copy()
+    excess = sum(block.nbytes for block in blocks.values()) - limit
+    for key in blocks:
         if excess <= 0:
             break
         freed = _free.pop(key, None)
@@ -99,31 +100,31 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     nbytes = dtype.itemsize * math.prod(shape)
     if nbytes < POOLED_BYTES:
         return np.empty(shape, dtype)
-    block = take(nbytes)
-    block.__array_interface__ = {"version": 3, "data": (block.address, False), "shape": shape, "typestr": dtype.str}
-    return np.asarray(block)
+    owner = take(nbytes)
+    owner.__array_interface__ = {"version": 3, "data": (owner.address, False), "shape": shape, "typestr": dtype.str}
+    return np.asarray(owner)
 
 
-def take(nbytes: int) -> Block:
+def take(nbytes: int) -> Owner:
     """The owner of so many bytes of aligned memory, from the pool or new; for arrays to have as their base."""
     nbytes = -(-nbytes // _GRAIN) * _GRAIN + _ALIGN
-    return Block(_kept(nbytes) or _new(nbytes))
+    return Owner(_kept(nbytes) or _new(nbytes))
 
 
-def _kept(nbytes: int) -> _Piece | None:
-    """Of the free pieces one of that size; in a function of its own, lest the search still hold what _new gives up."""
-    for key, piece in reversed(_free.copy().items()):  # the latest is the likeliest to be in a cache
-        if piece.nbytes == nbytes and _free.pop(key, None) is not None:
-            return piece
+def _kept(nbytes: int) -> _Block | None:
+    """Of the free blocks one of that size; in a function of its own, lest the search still hold what _new gives up."""
+    for key, block in reversed(_free.copy().items()):  # the latest is the likeliest to be in a cache
+        if block.nbytes == nbytes and _free.pop(key, None) is not None:
+            return block
     return None
 
 
-def _new(nbytes: int) -> _Piece:
+def _new(nbytes: int) -> _Block:
     try:
-        return _Piece(nbytes)
+        return _Block(nbytes)
     except MemoryError:
         release_memory()
-        return _Piece(nbytes)
+        return _Block(nbytes)
 
 
 def release_memory() -> None:
@@ -162,4 +163,4 @@ def set_memory_limit(nbytes: int) -> None:
 
 def kept_bytes() -> int:
     """Bytes kept now, and referenced by no array."""
-    return sum([piece.nbytes for piece in _free.copy().values()])
+    return sum(block.nbytes for block in _free.copy().values())

@@ -366,9 +366,9 @@ cdef cnp.ndarray new_like(cnp.ndarray x):
     cdef cnp.ndarray y
     if cnp.PyArray_NBYTES(x) < pooled_bytes:
         return cnp.PyArray_EMPTY(ndim, cnp.PyArray_DIMS(x), typenum, 0)
-    block = take(cnp.PyArray_NBYTES(x))
-    y = cnp.PyArray_SimpleNewFromData(ndim, cnp.PyArray_DIMS(x), typenum, <void*><uintptr_t>block.address)
-    cnp.set_array_base(y, block)
+    owner = take(cnp.PyArray_NBYTES(x))
+    y = cnp.PyArray_SimpleNewFromData(ndim, cnp.PyArray_DIMS(x), typenum, <void*><uintptr_t>owner.address)
+    cnp.set_array_base(y, owner)
     return y
 
 
