@@ -258,11 +258,13 @@ cdef inline void sums_strip(
     cdef double row[STRIP]
     cdef Py_ssize_t r, j
     cdef double d
+    load_row(x, n_columns, row)
     for j in range(n_columns):
-        strip1[j] = 0
-        strip2[j] = 0
+        d = row[j] - pivot[j]
+        strip1[j] = d
+        strip2[j] = d * d  # from zeros, 5 % longer in L2
     # Row by row, so that a row is converted just before its use (256x512: column by column took 3 to 22 % longer).
-    for r in range(n_rows):
+    for r in range(1, n_rows):
         load_row(x + r * stride, n_columns, row)
         for j in range(n_columns):
             d = row[j] - pivot[j]
@@ -270,6 +272,7 @@ cdef inline void sums_strip(
             strip2[j] += d * d
     for j in range(n_columns):
         s1[j] += strip1[j]
+    for j in range(n_columns):
         s2[j] += strip2[j]
 
 
@@ -355,11 +358,11 @@ cdef void sums_run(
 cdef void sums_lanes(
     const floating* x, Py_ssize_t length, Py_ssize_t ahead, const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
-    """The same as rows of LANES: by a literal, runs of 196 take half the time."""
+    """The same as rows of LANES: by a literal, runs of 196 take half the time; a call for the rest takes a quarter."""
     cdef Py_ssize_t n_rows = length // LANES
     sums_rows_as(x, LANES, n_rows, LANES, ahead, pivot, s1, s2)
     if n_rows * LANES < length:
-        sums_rows(x + n_rows * LANES, LANES, 1, length - n_rows * LANES, pivot, s1, s2)
+        sums_group(x + n_rows * LANES, LANES, 1, length - n_rows * LANES, ahead, pivot, s1, s2)
 
 
 cdef void sums_apart(
