@@ -147,6 +147,21 @@ def test_grad_affine(kernels, data, rng, dtype, relu):
     assert_same_bits(in_place, out, "in place")
 
 
+def test_a_gradient_is_off_exactly_where_the_relu_was(kernels, data, dtype):
+    """A value of each channel meets an offset that its product rounds to: whether y is 0 depends on how one rounds."""
+    x, _, coefs = data
+    coefs[2] = -((x[0, :, 0] - coefs[0]) * coefs[1])
+    y, grad_x, ones = np.empty(x.shape, dtype), np.empty(x.shape, dtype), np.ones(x.shape, dtype)
+    sum_dy, sum_dy_xmu = np.empty((2, x.shape[1]))
+    kernels.affine(x, coefs, True, y, 2)
+    kernels.grad_moments(ones, x, coefs[0].astype(np.float64), coefs, True, sum_dy, sum_dy_xmu, 2)
+    np.testing.assert_array_equal(sum_dy, (y > 0).sum((0, 2)))
+    linear = np.zeros((4, x.shape[1]), dtype)
+    linear[0] = 1
+    kernels.grad_affine(ones, x, coefs, linear, True, grad_x, 2)
+    np.testing.assert_array_equal(grad_x, y > 0)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_drivers(kernels, data, rng, dtype, training):
     x, grad_y, _ = data

@@ -17,13 +17,10 @@ from numba import cfunc, njit, prange, types
 
 from fastbn import _layout, _memory
 from fastbn.kernels.numba_kernels import (
-    BUFFERED,
-    DIRECT,
     JOBS,
     SERIAL_BYTES,
     SERIAL_MERGES,
     STREAM_BYTES,
-    STREAMED,
     Part,
     Plan,
     add_worker,
@@ -45,8 +42,8 @@ from fastbn.kernels.numba_machine import (
     call_at,
     data,
     helper,
-    inline,
     integer_at,
+    splice,
     stored,
 )
 
@@ -113,11 +110,9 @@ def same(x, y):
 
 
 @helper
-def route_to(out, in_place):
-    """Past the caches if it is too large to stay there, and not the input (whose lines are there)."""
-    if in_place:
-        return BUFFERED
-    return STREAMED if out.size * out.itemsize >= STREAM_BYTES else DIRECT
+def streams(out, in_place):
+    """Whether the output is to bypass the caches: too large to stay, and not the input (whose lines are there)."""
+    return not in_place and out.size * out.itemsize >= STREAM_BYTES
 
 
 @helper
@@ -126,57 +121,57 @@ def plan_of(x):
     return make_plan(outer, channels, inner)
 
 
-# The stages, with their jobs, which lie on the stack: inlined, so that it is the driver's.
+# The stages, with their jobs, which lie on the driver's stack.
 
-@inline
+@splice
 def moments_stage(worker, x, plan, partial):
     return worker, stored((data(x), stride_of(x), plan, data(partial))), 1
 
 
-@inline
+@splice
 def merge_stage(worker, plan, partial):
     return worker, stored((plan, data(partial))), int(plan.n_chunks * plan.channels >= SERIAL_MERGES)
 
 
-@inline
+@splice
 def normalize_stage(worker, plan, mean, rest, has_rest, m2, n, gamma, beta, eps, stats, coefs):
     return worker, stored((
         plan, mean, rest, has_rest, m2, n, data(gamma), gamma.size > 0, data(beta), beta.size > 0, eps,
         data(stats), data(coefs))), int(plan.channels >= SERIAL_MERGES)
 
 
-@inline
+@splice
 def affine_stage(worker, x, plan, coefs, relu, out):
     return worker, stored((
-        data(x), stride_of(x), plan, data(coefs), relu, route_to(out, same(out, x)), data(out), stride_of(out))), 1
+        data(x), stride_of(x), plan, data(coefs), relu, streams(out, same(out, x)), data(out), stride_of(out))), 1
 
 
-@inline
+@splice
 def grad_moments_stage(worker, dy, x, plan, mean, coefs, relu, chunks):
     return worker, stored((
         data(dy), stride_of(dy), data(x), stride_of(x), plan, data(mean), data(coefs), relu,
         data(chunks), at(data(chunks), plan.n_chunks * plan.channels))), 1
 
 
-@inline
+@splice
 def add_stage(worker, plan, chunks):
     return worker, stored((
         plan, data(chunks), at(data(chunks), plan.n_chunks * plan.channels),
     )), int(plan.n_chunks * plan.channels >= SERIAL_MERGES)
 
 
-@inline
+@splice
 def gradient_stage(worker, plan, chunks, stats, coefs, training, linear, grads):
     return worker, stored((
         plan, data(chunks), at(data(chunks), plan.n_chunks * plan.channels), data(stats), data(coefs), training,
         data(linear), data(grads))), int(plan.channels >= SERIAL_MERGES)
 
 
-@inline
+@splice
 def grad_affine_stage(worker, dy, x, plan, coefs, linear, relu, training, out):
     return worker, stored((
         data(dy), stride_of(dy), data(x), stride_of(x), plan, data(coefs), linear, relu, training,
-        route_to(out, same(out, dy) or same(out, x)), data(out), stride_of(out))), 1
+        streams(out, same(out, dy)), data(out), stride_of(out))), 1
 
 
 def run_moments(moments, merge, x, mean, rest, m2, num_threads):

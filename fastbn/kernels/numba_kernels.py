@@ -1,40 +1,42 @@
 """The kernels compiled just in time. cython_kernels.pyx is this file's twin.
 
-Read it downwards: the plan (how the data is cut, by shape alone); then for each kernel its strip (the hot loop), its
-rows and runs, its task (one tile of one chunk); and the workers (what one thread does in one stage of a call).
-numba_calls.py starts them; what Numba has no word for is in numba_machine.py.
+Read it downwards: the plan (how the data is cut, by shape alone); then for each kernel its strip (the hot loop, of
+vectors), its rows and runs, its task (one tile of one chunk); and the workers (what one thread does in one stage of a
+call). numba_calls.py starts them; what Numba has no word for is in numba_machine.py.
 
 The loops work on bare pointers, as the twin's do: an array's index is tested for being negative, and its inner stride
-is unknown, and either keeps a loop from being vectorised. Of fastmath only contraction: the rest takes NaN for a
-number.
+is unknown.
 """
 
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from fastbn.kernels.numba_machine import (
-    INTERNAL,
     LINE,
     address,
     at,
-    copy,
+    cleared,
     helper,
     inline,
+    is_off,
+    load,
+    load_wide,
     loaded,
     local,
+    muladd,
+    outline,
     prefetch,
     prefetch_write,
     restrict,
+    rolled,
+    store,
+    store_past,
     stream_end,
-    stream_line,
-    wide_vectors,
-    zero,
 )
 
 ROWS = 8               # wide rows a step: accumulators are loaded and stored once for eight rows
-STRIP = 16             # columns a step: a literal, so that the strip is unrolled and vectorised
+STRIP = 16             # columns a step: a literal, the size of the strip's vectors
 TILE = 512             # columns whose accumulators a task keeps on its stack (12 KiB of L1)
 LANES = STRIP          # accumulators a channel where the inner axis is swept: one strip
 SHORT_INNER = 32       # inner axes shorter than this are swept as columns
@@ -49,12 +51,11 @@ NARROW = 32            # rows apart of fewer columns are first copied together (
 STREAM_BYTES = 1 << 24  # outputs from here on bypass the caches
 COLUMNS_AHEAD = 128    # columns that the sums fetch ahead, or half so many of each of two arrays
 AHEAD = 512            # elements that the elementwise passes fetch ahead
-PIECE = 64             # and take in one step: of a shorter literal LLVM makes scalars
 SERIAL_MERGES = 32768  # below so many partial results one thread merges them: starting the team takes longer
 BUFFER = ROWS * TILE   # elements of a task's buffers
 # Where a tile's coefficients lie in its one array, so that a strip takes one pointer for all of them. Behind those of a
-# wide row lie those of the next one's first piece, so that a piece may run over the end of a row.
-PITCH = TILE + PIECE
+# wide row lie those of the next one's first strip, so that a strip may run over the end of a row.
+PITCH = TILE + STRIP
 CENTER = 0             # y = (x - center) * scale + offset
 SCALE = PITCH
 OFFSET = 2 * PITCH
@@ -62,15 +63,7 @@ FACTOR = 3 * PITCH     # grad_x = factor * (((dy - shift) - rest) - (x - center)
 SLOPE = 4 * PITCH
 SHIFT = 5 * PITCH
 REST = 6 * PITCH
-COEFS = 7 * PITCH + PIECE
-assert INNER_TILE * PIECE <= TILE
-# How an output is written:
-DIRECT = 0
-BUFFERED = 1           # by way of a buffer: it is the input, and restrict() wants loops that write elsewhere
-STREAMED = 2           # past the caches
-
-# Fused multiply-adds, 20 % faster in the cache. Only for the sums: gate and affine must agree to the last bit.
-sums_helper = njit(**INTERNAL, fastmath={"contract"})
+COEFS = 7 * PITCH + STRIP
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,15 +198,14 @@ def lead(stride, width):
 
 
 @inline
-def prefetch_strip(x, n):
-    """The lines of the n elements at x."""
-    for i in range(0, n, LINE // (address(at(x, 1)) - address(x))):
+def prefetch_strip(x):
+    for i in range(0, STRIP, LINE // (address(at(x, 1)) - address(x))):
         prefetch(at(x, i))
 
 
 @inline
-def prefetch_strip_write(y, n):
-    for i in range(0, n, LINE // (address(at(y, 1)) - address(y))):
+def prefetch_strip_write(y):
+    for i in range(0, STRIP, LINE // (address(at(y, 1)) - address(y))):
         prefetch_write(at(y, i))
 
 
@@ -223,7 +215,8 @@ def gather(x, stride, n_rows, width, buffer):
     if stride == width or n_rows == 1:
         return x
     for r in range(n_rows):
-        prefetch_strip(at(x, (r + n_rows) * stride), width)
+        for j in range(0, width, STRIP):
+            prefetch_strip(at(x, (r + n_rows) * stride + j))
         for j in range(width):
             buffer[r * width + j] = x[r * stride + j]
     return buffer
@@ -245,21 +238,21 @@ def gather(x, stride, n_rows, width, buffer):
 def sums_strip(
     x,          # IN   (n_rows, n_columns), rows `stride` apart
     stride,
-    n_rows,     # a literal, so that the loop over the rows is unrolled and the one over the columns vectorised
-    n_columns,
+    n_rows,
+    n_columns,  # a literal
     pivot,      # IN   (n_columns,) float64
     s1,         # INOUT
     s2,         # INOUT
 ):
-    for j in range(n_columns):
-        a = 0.0
-        b = 0.0
-        for r in range(n_rows):
-            d = x[r * stride + j] - pivot[j]
-            a += d
-            b += d * d
-        s1[j] += a
-        s2[j] += b
+    d = load_wide(x, n_columns) - load(pivot, n_columns)
+    a = d
+    b = d * d
+    for r in range(1, n_rows):
+        d = load_wide(at(x, r * stride), n_columns) - load(pivot, n_columns)
+        a = a + d
+        b = muladd(d, d, b)
+    store(s1, load(s1, n_columns) + a)
+    store(s2, load(s2, n_columns) + b)
 
 
 @inline
@@ -277,19 +270,27 @@ def prefetch_rows(x, stride, n_rows, width, j, ahead):
     strip = coming(x, stride, n_rows, width, j, ahead)
     for r in range(n_rows):
         if stride == LANES:
-            prefetch_strip(at(strip, r * stride), STRIP)
+            prefetch_strip(at(strip, r * stride))
         else:  # of columns, both lines of float64 would take longer
             prefetch(at(strip, r * stride))
 
 
 @inline
 def sums_group(x, stride, n_rows, width, ahead, pivot, s1, s2):
-    done = width // STRIP * STRIP
-    for j in range(0, done, STRIP):
+    j = 0
+    while j + STRIP <= width:
         prefetch_rows(x, stride, n_rows, width, j, ahead)
-        # Of a literal width: with another, LLVM kept a pointer for each row, most of them on the stack (22 % longer).
         sums_strip(at(x, j), stride, n_rows, STRIP, at(pivot, j), at(s1, j), at(s2, j))
-    sums_strip(at(x, done), stride, n_rows, width - done, at(pivot, done), at(s1, done), at(s2, done))
+        j += STRIP
+    if (width - j) & 8:
+        sums_strip(at(x, j), stride, n_rows, 8, at(pivot, j), at(s1, j), at(s2, j))
+        j += 8
+    if (width - j) & 4:
+        sums_strip(at(x, j), stride, n_rows, 4, at(pivot, j), at(s1, j), at(s2, j))
+        j += 4
+    while j < width:
+        sums_strip(at(x, j), stride, n_rows, 1, at(pivot, j), at(s1, j), at(s2, j))
+        j += 1
 
 
 @inline
@@ -297,36 +298,33 @@ def sums_rows_as(x, stride, n_rows, width, ahead, pivot, s1, s2):
     done = n_rows // ROWS * ROWS
     for r in range(0, done, ROWS):
         sums_group(at(x, r * stride), stride, ROWS, width, ahead, pivot, s1, s2)
-    if n_rows & 4:
-        sums_group(at(x, done * stride), stride, 4, width, ahead, pivot, s1, s2)
-        done += 4
-    for r in range(done, n_rows):
-        sums_strip(at(x, r * stride), stride, 1, width, pivot, s1, s2)
+    if done < n_rows:
+        sums_group(at(x, done * stride), stride, n_rows - done, width, ahead, pivot, s1, s2)
 
 
-@sums_helper
-def sums_rows(x, stride, n_rows, width, rest, pivot, s1, s2):
-    """n_rows rows, and the first `rest` columns of one more."""
+@helper
+def sums_rows(x, stride, n_rows, width, pivot, s1, s2):
     restrict()
-    wide_vectors()
-    sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, pivot, s1, s2)
-    sums_strip(at(x, n_rows * stride), stride, 1, rest, pivot, s1, s2)
+    sums_rows_as(x, stride, n_rows, width, np.int64(COLUMNS_AHEAD), pivot, s1, s2)
 
 
 @inline
 def sums_run(x, length, width, pivot, s1, s2):
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
-    sums_rows(x, width, length // width, width, length % width, pivot, s1, s2)
+    n_rows = length // width
+    sums_rows(x, width, n_rows, width, pivot, s1, s2)
+    if n_rows * width < length:
+        sums_rows(at(x, n_rows * width), width, width // width, length - n_rows * width, pivot, s1, s2)
 
 
-@sums_helper
+@helper
 def sums_lanes(x, length, ahead, pivot, s1, s2):
-    """The same as rows of LANES: by a literal, runs of 196 take two thirds of the time."""
+    """The same as rows of LANES."""
     restrict()
-    wide_vectors()
-    n_rows = length // LANES
-    sums_rows_as(x, LANES, n_rows, LANES, ahead, pivot, s1, s2)
-    sums_strip(at(x, n_rows * LANES), LANES, 1, length - n_rows * LANES, pivot, s1, s2)
+    lanes, one = np.int64(LANES), np.int64(1)
+    n_rows = length // lanes
+    sums_rows_as(x, lanes, n_rows, lanes, ahead, pivot, s1, s2)
+    sums_group(at(x, n_rows * lanes), lanes, one, length - n_rows * lanes, ahead, pivot, s1, s2)
 
 
 @inline
@@ -334,8 +332,7 @@ def sums_apart(x, stride, n_rows, width, fold, pivot, s1, s2):
     """ROWS wide rows, of `fold` rows each that lie apart (n_rows in all): summed where they lie."""
     for f in range(fold):
         j = f * width
-        sums_rows(at(x, f * stride), fold * stride, n_rows // fold, width, width - width,
-                  at(pivot, j), at(s1, j), at(s2, j))
+        sums_rows(at(x, f * stride), fold * stride, n_rows // fold, width, at(pivot, j), at(s1, j), at(s2, j))
 
 
 @inline
@@ -351,7 +348,7 @@ def sums_block(x, stride, n_rows, length, channels, plan, buffer, pivot, s1, s2)
                 sums_lanes(at(x, r * stride + c * plan.inner), length, lead(stride, channels * plan.inner),
                            at(pivot, n), at(s1, n), at(s2, n))
     elif plan.fold == 1:
-        sums_rows(x, stride, n_rows, width, width - width, pivot, s1, s2)
+        sums_rows(x, stride, n_rows, width, pivot, s1, s2)
     elif stride == width:
         sums_run(x, n_rows * width, plan.fold * width, pivot, s1, s2)
     else:
@@ -540,21 +537,21 @@ def gradient_channels(
 @inline
 def spread_rows(
     rows,       # IN   (n, channels)
-    n, plan, c0, channels, repeat,
+    n, plan, c0, channels,
     wide,       # OUT  (n, PITCH)
 ):
-    width = channels * repeat * plan.fold
+    width = channels * plan.repeat * plan.fold
     for i in range(n):
         row = at(wide, i * PITCH)
-        spread(at(rows, i * plan.channels + c0), channels, repeat, plan.fold, row)
+        spread(at(rows, i * plan.channels + c0), channels, plan.repeat, plan.fold, row)
         if not plan.by_inner:
-            for j in range(PIECE):
+            for j in range(STRIP):
                 row[width + j] = row[j]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pieces and runs of the elementwise passes. What goes past the caches begins with a cache line, wherever in a row that
-# is: the coefficients of a row are followed by those of the next one, so a piece may run over its end.
+# Strips and runs of the elementwise passes. What goes past the caches begins with a cache line, wherever in a row that
+# is: the coefficients of a row are followed by those of the next one, so a strip may run over its end.
 # ---------------------------------------------------------------------------------------------------------------------
 
 @helper
@@ -566,7 +563,7 @@ def before_line(y):
 @inline
 def place_coefs(memory, skip):
     """Where to put coefficients so that those behind the first `skip` columns begin with a line, as memory does."""
-    return at(memory, (PIECE - skip) % PIECE)
+    return at(memory, (STRIP - skip) % STRIP)
 
 
 @helper
@@ -580,21 +577,25 @@ def begin_stream(y, length, ahead):
     return min(length, before_line(y))
 
 
-@inline
-def put_piece(y, piece, n):
-    """Store n elements at y, which is aligned to LINE, past the caches, but for a part of a line."""
-    step = LINE // (address(at(y, 1)) - address(y))
-    done = n // step * step
-    for i in range(0, done, step):
-        stream_line(at(y, i), at(piece, i))
-    for i in range(done, n):
-        y[i] = piece[i]
-
-
 @helper
 def has_whole_lines(y, stride):
     """Whether every row begins with a line."""
     return before_line(y) == 0 and before_line(at(y, stride)) == 0
+
+
+@helper
+def next_column(j, n_columns, width):
+    """The column n_columns behind column j in rows of `width` that lie one behind the other."""
+    j += n_columns
+    while j >= width:
+        j -= width
+    return j
+
+
+@helper
+def strips_ahead(j, width, length):
+    """How many whole strips begin between column j and the end of its row, with `length` elements left."""
+    return min(ceil_div(width - j, STRIP), length // STRIP)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -604,135 +605,145 @@ def has_whole_lines(y, stride):
 @inline
 def affine_strip(
     x,          # IN   (n_columns,)
-    n_columns,
+    n_columns,  # a literal
     coefs,      # IN   at CENTER, SCALE, OFFSET
     relu,
-    y,          # OUT
+    y,          # OUT  may be x: the strip is read before it is written
+    put,        # store or store_past
 ):
-    for j in range(n_columns):
-        value = (x[j] - coefs[CENTER + j]) * coefs[SCALE + j] + coefs[OFFSET + j]
-        y[j] = zero(value) if relu & (value <= 0) else value
-
-
-@inline
-def affine_piece(x, x_ahead, n, coefs, relu, stream, y, y_ahead):
-    prefetch_strip(at(x, x_ahead), n)
-    if not stream:
-        prefetch_strip_write(at(y, y_ahead), n)
-    if stream:
-        piece = local(PIECE, x)
-        affine_strip(x, n, coefs, relu, piece)
-        put_piece(y, piece, n)
-    else:
-        affine_strip(x, n, coefs, relu, y)
-
-
-@inline
-def affine_rows_as(x, x_ahead, length, column, width, coefs, each, relu, stream, y, y_ahead):
-    i, j = 0, column
-    while i + PIECE <= length:
-        affine_piece(at(x, i), x_ahead, PIECE, at(coefs, j), relu, stream, at(y, i), y_ahead)
-        i += PIECE
-        j += PIECE * each
-        while j >= width:
-            j -= width
-    affine_piece(at(x, i), x_ahead, length - i, at(coefs, j), relu, stream, at(y, i), y_ahead)
+    value = muladd(load(x, n_columns) - load(at(coefs, CENTER), n_columns),
+                   load(at(coefs, SCALE), n_columns), load(at(coefs, OFFSET), n_columns))
+    put(y, cleared(is_off(value, relu), value))
 
 
 @helper
-def affine_rows(
-    x, x_ahead, length, column, width, coefs,
-    each,       # 1: every column has its coefficients, 0: a channel's are there for all the columns of a piece
-    relu, stream, y, y_ahead,
-):
-    """A contiguous run as rows of `width`, the first from `column` on, the last of them perhaps shorter."""
-    restrict()
-    wide_vectors()
-    if stream:
-        affine_rows_as(x, x_ahead, length, column, width, coefs, each, relu, True, y, y_ahead)
-    else:
-        affine_rows_as(x, x_ahead, length, column, width, coefs, each, relu, False, y, y_ahead)
+def affine_rest(x, n_columns, coefs, relu, y):
+    """Fewer columns than a strip has."""
+    j = 0
+    if n_columns & 8:
+        affine_strip(x, 8, coefs, relu, y, store)
+        j = 8
+    if n_columns & 4:
+        affine_strip(at(x, j), 4, at(coefs, j), relu, at(y, j), store)
+        j += 4
+    if n_columns & 2:
+        affine_strip(at(x, j), 2, at(coefs, j), relu, at(y, j), store)
+        j += 2
+    if n_columns & 1:
+        affine_strip(at(x, j), 1, at(coefs, j), relu, at(y, j), store)
 
 
-@helper
-def affine_run(x, x_ahead, length, width, coefs, each, relu, route, buffer, y, y_ahead):
-    """A contiguous run, stored by its route."""
-    i = none = 0 * length  # no literal: each would have a version of the loops of its own (three times the compilation)
-    if route == BUFFERED:
-        while i < length:
-            n = min(BUFFER, length - i)
-            affine_rows(at(x, i), x_ahead, n, i % width * each, width, coefs, each, relu, none, buffer, none)
-            copy(at(y, i), buffer, n)
-            i += n
-    else:
-        stream = int(route == STREAMED)
+@inline
+def affine_strips(x, x_ahead, n_strips, coefs, each, relu, stream, y, y_ahead):
+    for _ in range(n_strips):
+        rolled()
+        prefetch_strip(at(x, x_ahead))
         if stream:
-            i = begin_stream(y, length, each * y_ahead)
+            affine_strip(x, STRIP, coefs, relu, y, store_past)
+        else:
+            prefetch_strip_write(at(y, y_ahead))
+            affine_strip(x, STRIP, coefs, relu, y, store)
+        x = at(x, STRIP)
+        y = at(y, STRIP)
+        coefs = at(coefs, each * STRIP)
+
+
+@inline
+def affine_runs_as(x, stride, x_ahead, n_runs, length, width, coefs, each, relu, stream, y, y_stride, y_ahead):
+    for run in range(n_runs):
+        x_run, y_run, run_coefs = at(x, run * stride), at(y, run * y_stride), at(coefs, run * (1 - each) * LANES)
+        i = j = 0
+        if stream:
+            i = begin_stream(y_run, length, each * y_ahead)
         elif each * length > width:  # several rows
-            i = min(length, before_line(x))
+            i = min(length, before_line(x_run))
         if i:
-            affine_rows(x, x_ahead, i, none, width, coefs, each, relu, none, y, y_ahead)
-        affine_rows(at(x, i), x_ahead, length - i, i % width * each, width, coefs, each, relu, stream,
-                    at(y, i), y_ahead)
+            affine_rest(x_run, i, run_coefs, relu, y_run)
+            j = each * next_column(0, i, width)
+        while i + STRIP <= length:
+            n = strips_ahead(j, width, length - i)
+            if stream:
+                affine_strips(at(x_run, i), x_ahead, n, at(run_coefs, j), each, relu, True, at(y_run, i), y_ahead)
+            else:
+                affine_strips(at(x_run, i), x_ahead, n, at(run_coefs, j), each, relu, False, at(y_run, i), y_ahead)
+            i += n * STRIP
+            j = each * next_column(j, n * STRIP, width)
+        affine_rest(at(x_run, i), length - i, at(run_coefs, j), relu, at(y_run, i))
+
+
+@helper
+def affine_runs(
+    x, stride, x_ahead, n_runs, length, width, coefs,
+    each,       # 1: every column has its coefficients, 0: every run has, one LANES times
+    relu, stream, y, y_stride, y_ahead,
+):
+    """Runs that lie `stride` apart, each of them contiguous, as rows of `width`, the last of them perhaps shorter."""
+    outline()
+    if relu:
+        affine_runs_as(x, stride, x_ahead, n_runs, length, width, coefs, each, True, stream, y, y_stride, y_ahead)
+    else:
+        affine_runs_as(x, stride, x_ahead, n_runs, length, width, coefs, each, False, stream, y, y_stride, y_ahead)
+
+
+@inline
+def affine_run(x, x_ahead, length, width, coefs, relu, stream, y):
+    one = width // width  # no literal: each would have a version of the loops of its own
+    affine_runs(x, one, x_ahead, one, length, width, coefs, one, relu, stream, y, one, one * AHEAD)
 
 
 @inline
 def affine_task(
     x, stride, plan, band, chunk, tile,
     channel_coefs,  # IN   (3, channels): center, scale, offset
-    relu, route,
+    relu, stream,
     y, y_stride,
 ):
     memory = local(COEFS, x)
-    buffer = local(BUFFER, x)
     x_buffer = local(BUFFER, x)
     c0 = tile * plan.tile
     channels = min(plan.tile, plan.channels - c0)
     width = channels * plan.repeat
     step = ROWS * plan.fold
-    one_run = not plan.by_inner and stride == width and y_stride == width
-    coefs = place_coefs(memory, before_line(y if route == STREAMED else x) if one_run else 0)
-    repeat = PIECE if plan.by_inner else plan.repeat  # a channel's coefficients, for a whole piece
-    spread_rows(channel_coefs, 3, plan, c0, channels, repeat, coefs)
-    x = at(x, c0 * plan.inner)
-    y = at(y, c0 * plan.inner)
-    each = 0 if plan.by_inner else 1
     segment = channels * plan.inner if plan.by_inner else width
     x_ahead, y_ahead = lead(stride, segment), lead(y_stride, segment)
-    whole = plan.fold == 1 or has_whole_lines(y, y_stride)
-    row_route = DIRECT if route == STREAMED and not whole else route
+    stream_rows = stream and (plan.fold == 1 or has_whole_lines(y, y_stride))
+    one_run = not plan.by_inner and stride == width and y_stride == width
+    coefs = place_coefs(memory, before_line(y if stream else x) if one_run else 0)
+    each = 0 if plan.by_inner else 1
+    spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
+    x = at(x, c0 * plan.inner)
+    y = at(y, c0 * plan.inner)
     # Backwards: the end of the chunk, read last by moments_task, is still in the cache.
     for index in range(min((chunk + 1) * plan.chunk, plan.n_blocks) - 1, chunk * plan.chunk - 1, -1):
         block = block_within(plan, index, band)
         last = block.row + block.n_rows
         if plan.by_inner:
             for r in range(block.row, last):
-                for c in range(channels):
-                    i = c * plan.inner + block.start
-                    affine_run(at(x, r * stride + i), x_ahead, block.length, block.length,
-                               at(coefs, c * PIECE), each, relu, route, buffer, at(y, r * y_stride + i), y_ahead)
+                affine_runs(at(x, r * stride + block.start), plan.inner, x_ahead, channels, block.length, block.length,
+                            coefs, each, relu, stream, at(y, r * y_stride + block.start), plan.inner, y_ahead)
         elif one_run:
             i = block.row * width
-            affine_run(at(x, i), x_ahead, block.n_rows * width, plan.fold * width, coefs, each, relu,
-                       route, buffer, at(y, i), y_ahead)
+            affine_run(at(x, i), each * AHEAD, block.n_rows * width, plan.fold * width, coefs, relu, stream, at(y, i))
         elif width < NARROW and y_stride == width:
             for r in range(block.row, last, step):
                 n = min(step, last - r)
                 affine_run(gather(at(x, r * stride), stride, n, width, x_buffer), 0 * width, n * width,
-                           plan.fold * width, coefs, each, relu, route, buffer, at(y, r * width), y_ahead)
+                           plan.fold * width, coefs, relu, stream, at(y, r * width))
         else:
-            for r in range(block.row, last):
-                affine_run(at(x, r * stride), x_ahead, width, width, coefs, each, relu,
-                           row_route, buffer, at(y, r * y_stride), y_ahead)
+            affine_runs(at(x, block.row * stride), stride, x_ahead, block.n_rows, width, width, coefs, each,
+                        relu, stream_rows, at(y, block.row * y_stride), y_stride, y_ahead)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # grad_moments: sum_dy = sum(dy), sum_dy_xmu = sum(dy * (x - mean)); where a fused ReLU was off, dy counts as 0.
 # ---------------------------------------------------------------------------------------------------------------------
 
-@helper
-def gate(dy, x, coefs, i, relu):
-    return zero(dy) if relu & ((x - coefs[CENTER + i]) * coefs[SCALE + i] + coefs[OFFSET + i] <= 0) else dy
+@inline
+def gate(dy, x, n_columns, coefs, relu):
+    """dy, of any dtype, where the activation was on, in the bits of affine."""
+    value = muladd(load(x, n_columns) - load(at(coefs, CENTER), n_columns),
+                   load(at(coefs, SCALE), n_columns), load(at(coefs, OFFSET), n_columns))
+    return cleared(is_off(value, relu), dy)
 
 
 @inline
@@ -741,35 +752,47 @@ def grad_sums_strip(
     dy_stride,
     x,          # IN   (n_rows, n_columns), rows `x_stride` apart
     x_stride,
-    n_rows,     # a literal
-    n_columns,
+    n_rows,
+    n_columns,  # a literal
     mean,       # IN   (n_columns,) float64
     coefs,      # IN   at CENTER, SCALE, OFFSET
     relu,
     s1,         # INOUT
     s2,         # INOUT
 ):
-    for j in range(n_columns):
-        a = 0.0
-        b = 0.0
-        for r in range(n_rows):
-            g = float(gate(dy[r * dy_stride + j], x[r * x_stride + j], coefs, j, relu))
-            a += g
-            b += g * (x[r * x_stride + j] - mean[j])
-        s1[j] += a
-        s2[j] += b
+    g = gate(load_wide(dy, n_columns), x, n_columns, coefs, relu)
+    a = g
+    b = g * (load_wide(x, n_columns) - load(mean, n_columns))
+    for r in range(1, n_rows):
+        x_row = at(x, r * x_stride)
+        g = gate(load_wide(at(dy, r * dy_stride), n_columns), x_row, n_columns, coefs, relu)
+        a = a + g
+        b = muladd(g, load_wide(x_row, n_columns) - load(mean, n_columns), b)
+    store(s1, load(s1, n_columns) + a)
+    store(s2, load(s2, n_columns) + b)
 
 
 @inline
 def grad_sums_group(dy, dy_stride, x, x_stride, n_rows, width, dy_ahead, x_ahead, mean, coefs, relu, s1, s2):
-    done = width // STRIP * STRIP
-    for j in range(0, done, STRIP):
+    j = 0
+    while j + STRIP <= width:
         prefetch_rows(dy, dy_stride, n_rows, width, j, dy_ahead)
         prefetch_rows(x, x_stride, n_rows, width, j, x_ahead)
         grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, STRIP,
                         at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
-    grad_sums_strip(at(dy, done), dy_stride, at(x, done), x_stride, n_rows, width - done,
-                    at(mean, done), at(coefs, done), relu, at(s1, done), at(s2, done))
+        j += STRIP
+    if (width - j) & 8:
+        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, 8,
+                        at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
+        j += 8
+    if (width - j) & 4:
+        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, 4,
+                        at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
+        j += 4
+    while j < width:
+        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, 1,
+                        at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
+        j += 1
 
 
 @inline
@@ -778,41 +801,50 @@ def grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, dy_ahead, x_ahe
     for r in range(0, done, ROWS):
         grad_sums_group(at(dy, r * dy_stride), dy_stride, at(x, r * x_stride), x_stride, ROWS, width,
                         dy_ahead, x_ahead, mean, coefs, relu, s1, s2)
-    if n_rows & 4:
-        grad_sums_group(at(dy, done * dy_stride), dy_stride, at(x, done * x_stride), x_stride, 4, width,
+    if done < n_rows:
+        grad_sums_group(at(dy, done * dy_stride), dy_stride, at(x, done * x_stride), x_stride, n_rows - done, width,
                         dy_ahead, x_ahead, mean, coefs, relu, s1, s2)
-        done += 4
-    for r in range(done, n_rows):
-        grad_sums_strip(at(dy, r * dy_stride), dy_stride, at(x, r * x_stride), x_stride, 1, width,
-                        mean, coefs, relu, s1, s2)
 
 
-@sums_helper
-def grad_sums_rows(dy, dy_stride, x, x_stride, n_rows, width, rest, mean, coefs, relu, s1, s2):
-    """n_rows rows, and the first `rest` columns of one more."""
+@helper
+def grad_sums_rows(dy, dy_stride, x, x_stride, n_rows, width, mean, coefs, relu, s1, s2):
     restrict()
-    wide_vectors()
-    ahead = COLUMNS_AHEAD // 2
-    grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, ahead, ahead, mean, coefs, relu, s1, s2)
-    grad_sums_strip(at(dy, n_rows * dy_stride), dy_stride, at(x, n_rows * x_stride), x_stride, 1, rest,
-                    mean, coefs, relu, s1, s2)
+    ahead = np.int64(COLUMNS_AHEAD // 2)
+    if relu:
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, ahead, ahead, mean, coefs, True, s1, s2)
+    else:
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, ahead, ahead, mean, coefs, False, s1, s2)
 
 
 @inline
 def grad_sums_run(dy, x, length, width, mean, coefs, relu, s1, s2):
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
-    grad_sums_rows(dy, width, x, width, length // width, width, length % width, mean, coefs, relu, s1, s2)
+    n_rows = length // width
+    done = n_rows * width
+    grad_sums_rows(dy, width, x, width, n_rows, width, mean, coefs, relu, s1, s2)
+    if done < length:
+        grad_sums_rows(at(dy, done), width, at(x, done), width, width // width, length - done,
+                       mean, coefs, relu, s1, s2)
 
 
-@sums_helper
+@inline
+def grad_sums_lanes_as(dy, dy_ahead, x, x_ahead, length, mean, coefs, relu, s1, s2):
+    lanes, one = np.int64(LANES), np.int64(1)
+    n_rows = length // lanes
+    done = n_rows * lanes
+    grad_sums_rows_as(dy, lanes, x, lanes, n_rows, lanes, dy_ahead, x_ahead, mean, coefs, relu, s1, s2)
+    grad_sums_group(at(dy, done), lanes, at(x, done), lanes, one, length - done, dy_ahead, x_ahead,
+                    mean, coefs, relu, s1, s2)
+
+
+@helper
 def grad_sums_lanes(dy, dy_ahead, x, x_ahead, length, mean, coefs, relu, s1, s2):
     """The same as rows of LANES."""
     restrict()
-    wide_vectors()
-    n_rows = length // LANES
-    done = n_rows * LANES
-    grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, dy_ahead, x_ahead, mean, coefs, relu, s1, s2)
-    grad_sums_strip(at(dy, done), LANES, at(x, done), LANES, 1, length - done, mean, coefs, relu, s1, s2)
+    if relu:
+        grad_sums_lanes_as(dy, dy_ahead, x, x_ahead, length, mean, coefs, True, s1, s2)
+    else:
+        grad_sums_lanes_as(dy, dy_ahead, x, x_ahead, length, mean, coefs, False, s1, s2)
 
 
 @inline
@@ -821,7 +853,7 @@ def grad_sums_apart(dy, dy_stride, x, x_stride, n_rows, width, fold, mean, coefs
     for f in range(fold):
         j = f * width
         grad_sums_rows(at(dy, f * dy_stride), fold * dy_stride, at(x, f * x_stride), fold * x_stride, n_rows // fold,
-                       width, width - width, at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
+                       width, at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
 
 
 @inline
@@ -844,8 +876,8 @@ def grad_moments_task(
     width = channels * plan.repeat
     wide = plan.fold * width
     step = ROWS * plan.fold
-    spread_rows(channel_mean, 1, plan, c0, channels, plan.repeat, mean)
-    spread_rows(channel_coefs, 3, plan, c0, channels, plan.repeat, coefs)
+    spread_rows(channel_mean, 1, plan, c0, channels, mean)
+    spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
     dy = at(dy, c0 * plan.inner)
     x = at(x, c0 * plan.inner)
     sum_dy = at(sum_dy, c0)
@@ -869,7 +901,7 @@ def grad_moments_task(
                                     at(mean, n), at(coefs, n), relu, at(s1, n), at(s2, n))
         elif plan.fold == 1:
             grad_sums_rows(at(dy, block.row * dy_stride), dy_stride, at(x, block.row * x_stride), x_stride,
-                           block.n_rows, width, width - width, mean, coefs, relu, s1, s2)
+                           block.n_rows, width, mean, coefs, relu, s1, s2)
         elif dy_stride == width and x_stride == width:
             i = block.row * width
             grad_sums_run(at(dy, i), at(x, i), block.n_rows * width, wide, mean, coefs, relu, s1, s2)
@@ -907,90 +939,103 @@ def add_chunks(plan, sums, c0, c1):
 def grad_affine_strip(
     dy,         # IN   (n_columns,)
     x,          # IN   (n_columns,)
-    n_columns,
+    n_columns,  # a literal
     coefs,      # IN   at CENTER, SCALE, OFFSET, FACTOR, SLOPE, SHIFT, REST
     relu,
     training,
-    grad_x,     # OUT
+    grad_x,     # OUT  may be dy: the strip is read before it is written
+    put,        # store or store_past
 ):
-    for j in range(n_columns):
-        g = gate(dy[j], x[j], coefs, j, relu)
-        through = ((g - coefs[SHIFT + j]) - coefs[REST + j]) - (x[j] - coefs[CENTER + j]) * coefs[SLOPE + j]
-        grad_x[j] = coefs[FACTOR + j] * (through if training else g)
-
-
-@inline
-def grad_affine_piece(dy, dy_ahead, x, x_ahead, n, coefs, relu, training, stream, grad_x, grad_x_ahead):
-    prefetch_strip(at(dy, dy_ahead), n)
-    prefetch_strip(at(x, x_ahead), n)
-    if not stream:
-        prefetch_strip_write(at(grad_x, grad_x_ahead), n)
-    if stream:
-        piece = local(PIECE, x)
-        grad_affine_strip(dy, x, n, coefs, relu, training, piece)
-        put_piece(grad_x, piece, n)
-    else:
-        grad_affine_strip(dy, x, n, coefs, relu, training, grad_x)
-
-
-@inline
-def grad_affine_rows_as(
-    dy, dy_ahead, x, x_ahead, length, column, width, coefs, each, relu, training, stream, grad_x, grad_x_ahead,
-):
-    i, j = 0, column
-    while i + PIECE <= length:
-        grad_affine_piece(at(dy, i), dy_ahead, at(x, i), x_ahead, PIECE, at(coefs, j), relu, training, stream,
-                          at(grad_x, i), grad_x_ahead)
-        i += PIECE
-        j += PIECE * each
-        while j >= width:
-            j -= width
-    grad_affine_piece(at(dy, i), dy_ahead, at(x, i), x_ahead, length - i, at(coefs, j), relu, training, stream,
-                      at(grad_x, i), grad_x_ahead)
+    g = gate(load(dy, n_columns), x, n_columns, coefs, relu)
+    if training:
+        g = muladd(load(at(coefs, CENTER), n_columns) - load(x, n_columns), load(at(coefs, SLOPE), n_columns),
+                   (g - load(at(coefs, SHIFT), n_columns)) - load(at(coefs, REST), n_columns))
+    put(grad_x, load(at(coefs, FACTOR), n_columns) * g)
 
 
 @helper
-def grad_affine_rows(
-    dy, dy_ahead, x, x_ahead, length, column, width, coefs, each, relu, training, stream, grad_x, grad_x_ahead,
-):
-    """A contiguous run as rows of `width`, the first from `column` on, the last of them perhaps shorter."""
-    restrict()
-    wide_vectors()
-    if stream:
-        grad_affine_rows_as(dy, dy_ahead, x, x_ahead, length, column, width, coefs, each, relu, training, True,
-                            grad_x, grad_x_ahead)
-    elif relu:  # a literal: as a mask it took 9 to 26 % longer
-        grad_affine_rows_as(dy, dy_ahead, x, x_ahead, length, column, width, coefs, each, True, training, False,
-                            grad_x, grad_x_ahead)
-    else:
-        grad_affine_rows_as(dy, dy_ahead, x, x_ahead, length, column, width, coefs, each, False, training, False,
-                            grad_x, grad_x_ahead)
+def grad_affine_rest(dy, x, n_columns, coefs, relu, training, grad_x):
+    """Fewer columns than a strip has."""
+    j = 0
+    if n_columns & 8:
+        grad_affine_strip(dy, x, 8, coefs, relu, training, grad_x, store)
+        j = 8
+    if n_columns & 4:
+        grad_affine_strip(at(dy, j), at(x, j), 4, at(coefs, j), relu, training, at(grad_x, j), store)
+        j += 4
+    if n_columns & 2:
+        grad_affine_strip(at(dy, j), at(x, j), 2, at(coefs, j), relu, training, at(grad_x, j), store)
+        j += 2
+    if n_columns & 1:
+        grad_affine_strip(at(dy, j), at(x, j), 1, at(coefs, j), relu, training, at(grad_x, j), store)
 
 
-@helper
-def grad_affine_run(
-    dy, dy_ahead, x, x_ahead, length, width, coefs, each, relu, training, route, buffer, grad_x, grad_x_ahead,
-):
-    """A contiguous run, stored by its route."""
-    i = none = 0 * length
-    if route == BUFFERED:
-        while i < length:
-            n = min(BUFFER, length - i)
-            grad_affine_rows(at(dy, i), dy_ahead, at(x, i), x_ahead, n, i % width * each, width, coefs, each,
-                             relu, training, none, buffer, none)
-            copy(at(grad_x, i), buffer, n)
-            i += n
-    else:
-        stream = int(route == STREAMED)
+@inline
+def grad_affine_strips(dy, dy_ahead, x, x_ahead, n_strips, coefs, each, relu, training, stream, grad_x, grad_x_ahead):
+    for _ in range(n_strips):
+        rolled()
+        prefetch_strip(at(dy, dy_ahead))
+        prefetch_strip(at(x, x_ahead))
         if stream:
-            i = begin_stream(grad_x, length, each * grad_x_ahead)
+            grad_affine_strip(dy, x, STRIP, coefs, relu, training, grad_x, store_past)
+        else:
+            prefetch_strip_write(at(grad_x, grad_x_ahead))
+            grad_affine_strip(dy, x, STRIP, coefs, relu, training, grad_x, store)
+        dy = at(dy, STRIP)
+        x = at(x, STRIP)
+        grad_x = at(grad_x, STRIP)
+        coefs = at(coefs, each * STRIP)
+
+
+@inline
+def grad_affine_runs_as(
+    dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_runs, length, width, coefs, each, relu, training, stream,
+    grad_x, grad_x_stride, grad_x_ahead,
+):
+    for run in range(n_runs):
+        dy_run, x_run = at(dy, run * dy_stride), at(x, run * x_stride)
+        grad_x_run, run_coefs = at(grad_x, run * grad_x_stride), at(coefs, run * (1 - each) * LANES)
+        i = j = 0
+        if stream:
+            i = begin_stream(grad_x_run, length, each * grad_x_ahead)
         elif each * length > width:  # several rows
-            i = min(length, before_line(x))
+            i = min(length, before_line(x_run))
         if i:
-            grad_affine_rows(dy, dy_ahead, x, x_ahead, i, none, width, coefs, each, relu, training, none,
-                             grad_x, grad_x_ahead)
-        grad_affine_rows(at(dy, i), dy_ahead, at(x, i), x_ahead, length - i, i % width * each, width, coefs, each,
-                         relu, training, stream, at(grad_x, i), grad_x_ahead)
+            grad_affine_rest(dy_run, x_run, i, run_coefs, relu, training, grad_x_run)
+            j = each * next_column(0, i, width)
+        while i + STRIP <= length:
+            n = strips_ahead(j, width, length - i)
+            if stream:
+                grad_affine_strips(at(dy_run, i), dy_ahead, at(x_run, i), x_ahead, n, at(run_coefs, j), each,
+                                   relu, training, True, at(grad_x_run, i), grad_x_ahead)
+            else:
+                grad_affine_strips(at(dy_run, i), dy_ahead, at(x_run, i), x_ahead, n, at(run_coefs, j), each,
+                                   relu, training, False, at(grad_x_run, i), grad_x_ahead)
+            i += n * STRIP
+            j = each * next_column(j, n * STRIP, width)
+        grad_affine_rest(at(dy_run, i), at(x_run, i), length - i, at(run_coefs, j), relu, training, at(grad_x_run, i))
+
+
+@helper
+def grad_affine_runs(
+    dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_runs, length, width, coefs, each, relu, training, stream,
+    grad_x, grad_x_stride, grad_x_ahead,
+):
+    """Runs that lie apart, each of them contiguous, as rows of `width`, the last of them perhaps shorter."""
+    outline()
+    if relu:
+        grad_affine_runs_as(dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_runs, length, width, coefs, each,
+                            True, training, stream, grad_x, grad_x_stride, grad_x_ahead)
+    else:
+        grad_affine_runs_as(dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_runs, length, width, coefs, each,
+                            False, training, stream, grad_x, grad_x_stride, grad_x_ahead)
+
+
+@inline
+def grad_affine_run(dy, dy_ahead, x, x_ahead, length, width, coefs, relu, training, stream, grad_x):
+    one = width // width
+    grad_affine_runs(dy, one, dy_ahead, x, one, x_ahead, one, length, width, coefs, one, relu, training, stream,
+                     grad_x, one, one * AHEAD)
 
 
 @inline
@@ -998,56 +1043,51 @@ def grad_affine_task(
     dy, dy_stride, x, x_stride, plan, band, chunk, tile,
     channel_coefs,  # IN   (3, channels): center, scale, offset
     linear,         # IN   (4, channels): factor, slope, shift, rest
-    relu, training, route,
+    relu, training, stream,
     grad_x, grad_x_stride,
 ):
     memory = local(COEFS, x)
-    buffer = local(BUFFER, x)
     dy_buffer = local(BUFFER, x)
     x_buffer = local(BUFFER, x)
     c0 = tile * plan.tile
     channels = min(plan.tile, plan.channels - c0)
     width = channels * plan.repeat
     step = ROWS * plan.fold
+    segment = channels * plan.inner if plan.by_inner else width
+    dy_ahead, x_ahead, grad_x_ahead = lead(dy_stride, segment), lead(x_stride, segment), lead(grad_x_stride, segment)
+    stream_rows = stream and (plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride))
     one_run = not plan.by_inner and dy_stride == width and x_stride == width and grad_x_stride == width
-    coefs = place_coefs(memory, before_line(grad_x if route == STREAMED else x) if one_run else 0)
-    repeat = PIECE if plan.by_inner else plan.repeat  # a channel's coefficients, for a whole piece
-    spread_rows(channel_coefs, 3, plan, c0, channels, repeat, coefs)
-    spread_rows(linear, 4, plan, c0, channels, repeat, at(coefs, FACTOR))
+    coefs = place_coefs(memory, before_line(grad_x if stream else x) if one_run else 0)
+    each = 0 if plan.by_inner else 1
+    spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
+    spread_rows(linear, 4, plan, c0, channels, at(coefs, FACTOR))
     dy = at(dy, c0 * plan.inner)
     x = at(x, c0 * plan.inner)
     grad_x = at(grad_x, c0 * plan.inner)
-    each = 0 if plan.by_inner else 1
-    segment = channels * plan.inner if plan.by_inner else width
-    dy_ahead, x_ahead, grad_x_ahead = lead(dy_stride, segment), lead(x_stride, segment), lead(grad_x_stride, segment)
-    whole = plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride)
-    row_route = DIRECT if route == STREAMED and not whole else route
     for index in range(min((chunk + 1) * plan.chunk, plan.n_blocks) - 1, chunk * plan.chunk - 1, -1):
         block = block_within(plan, index, band)
         last = block.row + block.n_rows
         if plan.by_inner:
             for r in range(block.row, last):
-                for c in range(channels):
-                    i = c * plan.inner + block.start
-                    grad_affine_run(at(dy, r * dy_stride + i), dy_ahead, at(x, r * x_stride + i), x_ahead,
-                                    block.length, block.length, at(coefs, c * PIECE), each, relu,
-                                    training, route, buffer, at(grad_x, r * grad_x_stride + i), grad_x_ahead)
+                grad_affine_runs(at(dy, r * dy_stride + block.start), plan.inner, dy_ahead,
+                                 at(x, r * x_stride + block.start), plan.inner, x_ahead, channels,
+                                 block.length, block.length, coefs, each, relu, training, stream,
+                                 at(grad_x, r * grad_x_stride + block.start), plan.inner, grad_x_ahead)
         elif one_run:
             i = block.row * width
-            grad_affine_run(at(dy, i), dy_ahead, at(x, i), x_ahead, block.n_rows * width, plan.fold * width,
-                            coefs, each, relu, training, route, buffer, at(grad_x, i), grad_x_ahead)
+            grad_affine_run(at(dy, i), each * AHEAD, at(x, i), each * AHEAD, block.n_rows * width, plan.fold * width,
+                            coefs, relu, training, stream, at(grad_x, i))
         elif width < NARROW and grad_x_stride == width:
             for r in range(block.row, last, step):
                 n = min(step, last - r)
                 grad_affine_run(gather(at(dy, r * dy_stride), dy_stride, n, width, dy_buffer), 0 * width,
                                 gather(at(x, r * x_stride), x_stride, n, width, x_buffer), 0 * width, n * width,
-                                plan.fold * width, coefs, each, relu, training, route, buffer,
-                                at(grad_x, r * width), grad_x_ahead)
+                                plan.fold * width, coefs, relu, training, stream, at(grad_x, r * width))
         else:
-            for r in range(block.row, last):
-                grad_affine_run(at(dy, r * dy_stride), dy_ahead, at(x, r * x_stride), x_ahead, width, width,
-                                coefs, each, relu, training, row_route, buffer,
-                                at(grad_x, r * grad_x_stride), grad_x_ahead)
+            grad_affine_runs(at(dy, block.row * dy_stride), dy_stride, dy_ahead,
+                             at(x, block.row * x_stride), x_stride, x_ahead, block.n_rows, width, width,
+                             coefs, each, relu, training, stream_rows,
+                             at(grad_x, block.row * grad_x_stride), grad_x_stride, grad_x_ahead)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1122,12 +1162,12 @@ def normalize_worker(part, job):
 
 def affine_worker(part, job):
     part = loaded(part)
-    x, stride, plan, coefs, relu, route, y, y_stride = loaded(job)
+    x, stride, plan, coefs, relu, stream, y, y_stride = loaded(job)
     band = band_of(plan, part)
     for task in range(band.last - 1, band.first - 1, -1):
-        affine_task(x, stride, plan, band, task // part.n_tiles, part.tile + task % part.n_tiles, coefs, relu, route,
+        affine_task(x, stride, plan, band, task // part.n_tiles, part.tile + task % part.n_tiles, coefs, relu, stream,
                     y, y_stride)
-    if route == STREAMED:
+    if stream:
         stream_end()
 
 
@@ -1157,12 +1197,12 @@ def gradient_worker(part, job):
 
 def grad_affine_worker(part, job):
     part = loaded(part)
-    dy, dy_stride, x, x_stride, plan, coefs, linear, relu, training, route, grad_x, grad_x_stride = loaded(job)
+    dy, dy_stride, x, x_stride, plan, coefs, linear, relu, training, stream, grad_x, grad_x_stride = loaded(job)
     band = band_of(plan, part)
     for task in range(band.last - 1, band.first - 1, -1):
         grad_affine_task(dy, dy_stride, x, x_stride, plan, band, task // part.n_tiles,
-                         part.tile + task % part.n_tiles, coefs, linear, relu, training, route, grad_x, grad_x_stride)
-    if route == STREAMED:
+                         part.tile + task % part.n_tiles, coefs, linear, relu, training, stream, grad_x, grad_x_stride)
+    if stream:
         stream_end()
 
 
@@ -1171,9 +1211,9 @@ JOBS = {
     moments_worker: "xipd",
     merge_worker: "pd",
     normalize_worker: "pddbdfxbxbfdx",
-    affine_worker: "xipxbixi",
+    affine_worker: "xipxbbxi",
     grad_moments_worker: "xixipdxbdd",
     add_worker: "pdd",
     gradient_worker: "pdddxbxx",
-    grad_affine_worker: "xixipxxbbixi",
+    grad_affine_worker: "xixipxxbbbxi",
 }

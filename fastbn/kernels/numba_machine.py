@@ -1,19 +1,23 @@
 """What the Numba kernels need of the compiler and the machine, and Numba has no word for; machine.h is its twin.
 
-How functions are compiled; pointers, arrays on the stack, prefetches and stores past the caches; calls by address.
+How functions are compiled; pointers, arrays on the stack, prefetches; vectors; calls by address.
 """
 
-from llvmlite import ir
+import operator
+
+from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
 
 LINE = 64  # bytes of a cache line
 
 OPTIONS = {"nogil": True, "error_model": "numpy"}
 INTERNAL = {**OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-helper = njit(**INTERNAL)
-inline = njit(**INTERNAL, inline="always")  # Numba inlines it, with its literals
+helper = njit(**INTERNAL, forceinline=False)  # not even where its caller is to be inlined
+inline = njit(**INTERNAL, forceinline=True)   # by LLVM; by Numba the sums of the backward took 29 s, not 10
+splice = njit(**INTERNAL, inline="always")    # by Numba: what it has on the stack is its caller's
 
 
 @intrinsic
@@ -40,14 +44,6 @@ def address(typingctx, pointer):
     return types.int64(pointer), codegen
 
 
-@intrinsic
-def zero(typingctx, value):
-    """0 in the type of value: a literal 0 would take float32 arithmetic to float64."""
-    def codegen(context, builder, signature, args):
-        return context.get_constant(value, 0)
-    return value(value), codegen
-
-
 @intrinsic(prefer_literal=True)
 def local(typingctx, size, pointer):
     """An uninitialised array of `size` elements of the pointer's type (or of the type of a number) on the stack."""
@@ -62,23 +58,32 @@ def local(typingctx, size, pointer):
 
 
 @intrinsic
-def restrict(typingctx):
-    """Promises that the pointers passed to the calling function do not overlap (C's restrict); keeps it a function."""
+def outline(typingctx):
+    """Keeps the calling function one: inlined at each call, the loops would be compiled again and again."""
     def codegen(context, builder, signature, args):
-        for arg in builder.function.args:
-            if isinstance(arg.type, ir.PointerType):
-                arg.add_attribute("noalias")
         builder.function.attributes.add("noinline")
         return context.get_dummy_value()
     return types.void(), codegen
 
 
 @intrinsic
-def wide_vectors(typingctx):
-    """Vectors of 512 bits where there are such: LLVM prefers 256, which takes the sums 10 to 20 % longer."""
+def rolled(typingctx):
+    """Keeps the loop around it rolled: by eight, LLVM's loop takes longer to enter than short runs take."""
     def codegen(context, builder, signature, args):
-        # llvmlite knows no attributes with a value
-        set.add(builder.function.attributes, '"prefer-vector-width"="512"')
+        nothing = builder.asm(ir.FunctionType(ir.VoidType(), []), "", "", [], side_effect=True)
+        nothing.attributes.add("convergent")  # of such a loop there may be no second one for the remainder
+        return context.get_dummy_value()
+    return types.void(), codegen
+
+
+@intrinsic
+def restrict(typingctx):
+    """Promises that the pointers passed to the calling function do not overlap (C's restrict), and keeps it one."""
+    def codegen(context, builder, signature, args):
+        for arg in builder.function.args:
+            if isinstance(arg.type, ir.PointerType):
+                arg.add_attribute("noalias")
+        builder.function.attributes.add("noinline")
         return context.get_dummy_value()
     return types.void(), codegen
 
@@ -106,18 +111,6 @@ def prefetch_write(typingctx, pointer):
 
 
 @intrinsic
-def stream_line(typingctx, target, source):
-    """Copies LINE bytes past the caches to target, which is aligned to LINE."""
-    def codegen(context, builder, signature, args):
-        line = ir.VectorType(ir.IntType(8), LINE).as_pointer()
-        value = builder.load(builder.bitcast(args[1], line), align=1)
-        store = builder.store(value, builder.bitcast(args[0], line), align=LINE)
-        store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
-        return context.get_dummy_value()
-    return types.void(target, source), codegen
-
-
-@intrinsic
 def stream_end(typingctx):
     """Orders non-temporal stores before what follows; a thread calls it after its last one."""
     def codegen(context, builder, signature, args):
@@ -125,6 +118,129 @@ def stream_end(typingctx):
         return context.get_dummy_value()
     return types.void(), codegen
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vectors: of a literal number of elements, in as many registers as that takes. LLVM makes vectors of loops by itself,
+# but of short ones scalars, and of the last columns of a row a loop of them.
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Vector(types.Type):
+    def __init__(self, dtype, size):
+        self.dtype = dtype
+        self.size = size
+        super().__init__(name=f"Vector({dtype}, {size})")
+
+
+@register_model(Vector)
+class VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, vector):
+        super().__init__(manager, vector, ir.VectorType(manager.lookup(vector.dtype).get_value_type(), vector.size))
+
+
+def _vector_at(builder, pointer, size):
+    return builder.bitcast(pointer, ir.VectorType(pointer.type.pointee, size).as_pointer())
+
+
+@intrinsic(prefer_literal=True)
+def load(typingctx, pointer, size):
+    """The vector of `size` elements at pointer."""
+    if not isinstance(size, types.IntegerLiteral):
+        return None
+    def codegen(context, builder, signature, args):
+        return builder.load(_vector_at(builder, args[0], size.literal_value), align=pointer.dtype.bitwidth // 8)
+    return Vector(pointer.dtype, size.literal_value)(pointer, size), codegen
+
+
+DOUBLES = 8 if binding.get_host_cpu_features().get("avx512f") else 4  # in a register
+
+
+@intrinsic(prefer_literal=True)
+def load_wide(typingctx, pointer, size):
+    """The same in float64. Converted as it is loaded: LLVM would load a whole vector of floats and take it apart."""
+    if not isinstance(size, types.IntegerLiteral):
+        return None
+    n = size.literal_value
+    def codegen(context, builder, signature, args):
+        parts = []
+        for i in range(0, n, min(n, DOUBLES)):
+            at_part = builder.gep(args[0], [ir.IntType(64)(i)])
+            part = builder.load(_vector_at(builder, at_part, min(n, DOUBLES)), align=pointer.dtype.bitwidth // 8)
+            double = ir.VectorType(ir.DoubleType(), part.type.count)
+            parts.append(part if part.type == double else builder.fpext(part, double))
+        while len(parts) > 1:
+            count = 2 * parts[0].type.count
+            indices = ir.Constant(ir.VectorType(ir.IntType(32), count), list(range(count)))
+            parts = [builder.shuffle_vector(*pair, indices) for pair in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+    return Vector(types.float64, n)(pointer, size), codegen
+
+
+@intrinsic
+def store(typingctx, pointer, vector):
+    """Stores a vector at pointer."""
+    def codegen(context, builder, signature, args):
+        builder.store(args[1], _vector_at(builder, args[0], vector.size), align=pointer.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+    return types.void(pointer, vector), codegen
+
+
+@intrinsic
+def store_past(typingctx, pointer, vector):
+    """The same past the caches: whole lines, at a pointer that is aligned to LINE."""
+    def codegen(context, builder, signature, args):
+        done = builder.store(args[1], _vector_at(builder, args[0], vector.size), align=LINE)
+        done.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        return context.get_dummy_value()
+    return types.void(pointer, vector), codegen
+
+
+def _arithmetic(operation, instruction):
+    @infer_global(operation)
+    class Arithmetic(AbstractTemplate):
+        def generic(self, args, kws):
+            return signature(*args[:1], *args) if isinstance(args[0], Vector) and args[0] == args[1] else None
+
+    @lower_builtin(operation, Vector, Vector)
+    def lower(context, builder, signature, args):
+        return getattr(builder, instruction)(*args)
+
+
+_arithmetic(operator.add, "fadd")
+_arithmetic(operator.sub, "fsub")
+_arithmetic(operator.mul, "fmul")
+
+
+@intrinsic
+def muladd(typingctx, a, b, c):
+    """a * b + c, fused where the processor can: always or never, so that equal arguments give equal bits."""
+    def codegen(context, builder, signature, args):
+        kind = args[0].type
+        function_type = ir.FunctionType(kind, [kind] * 3)
+        name = f"llvm.fmuladd.v{a.size}f{a.dtype.bitwidth}"
+        return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), args)
+    return a(a, b, c), codegen
+
+
+@intrinsic
+def is_off(typingctx, y, relu):
+    """The mask of where the activation is off: relu, and y <= 0 (not NaN)."""
+    def codegen(context, builder, signature, args):
+        mask = builder.fcmp_ordered("<=", args[0], args[0].type(None))
+        return builder.select(args[1], mask, mask.type(None))
+    return Vector(types.boolean, y.size)(y, types.boolean), codegen
+
+
+@intrinsic
+def cleared(typingctx, mask, vector):
+    """0 where the mask is, else the vector."""
+    def codegen(context, builder, signature, args):
+        return builder.select(args[0], args[1].type(None), args[1])
+    return vector(mask, vector), codegen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calls by address.
+# ---------------------------------------------------------------------------------------------------------------------
 
 @intrinsic
 def stored(typingctx, value):
@@ -163,11 +279,3 @@ def call_at(typingctx, address, part, job):
                      [builder.inttoptr(arg, byte_pointer) for arg in args[1:]])
         return context.get_dummy_value()
     return types.void(types.int64, types.int64, types.int64), codegen
-
-
-@helper
-def copy(target, source, n):
-    """memcpy."""
-    restrict()
-    for i in range(n):
-        target[i] = source[i]
