@@ -314,14 +314,14 @@ def sums_run(x, length, width, pivot, s1, s2):
     n_rows = length // width
     sums_rows(x, width, n_rows, width, pivot, s1, s2)
     if n_rows * width < length:
-        sums_rows(at(x, n_rows * width), width, width // width, length - n_rows * width, pivot, s1, s2)
+        sums_rows(at(x, n_rows * width), width, np.int64(1), length - n_rows * width, pivot, s1, s2)
 
 
 @helper
 def sums_lanes(x, length, ahead, pivot, s1, s2):
     """The same as rows of LANES."""
     restrict()
-    lanes, one = np.int64(LANES), np.int64(1)
+    lanes, one = np.int64(LANES), np.int64(1)  # no literals: each would have versions of the strips of its own
     n_rows = length // lanes
     sums_rows_as(x, lanes, n_rows, lanes, ahead, pivot, s1, s2)
     sums_group(at(x, n_rows * lanes), lanes, one, length - n_rows * lanes, ahead, pivot, s1, s2)
@@ -687,7 +687,7 @@ def affine_runs(
 
 @inline
 def affine_run(x, x_ahead, length, width, coefs, relu, stream, y):
-    one = width // width  # no literal: each would have a version of the loops of its own
+    one = np.int64(1)  # no literal: each would have a version of the loops of its own
     affine_runs(x, one, x_ahead, one, length, width, coefs, one, relu, stream, y, one, one * AHEAD)
 
 
@@ -727,7 +727,7 @@ def affine_task(
         elif width < NARROW and y_stride == width:
             for r in range(block.row, last, step):
                 n = min(step, last - r)
-                affine_run(gather(at(x, r * stride), stride, n, width, x_buffer), 0 * width, n * width,
+                affine_run(gather(at(x, r * stride), stride, n, width, x_buffer), np.int64(0), n * width,
                            plan.fold * width, coefs, relu, stream, at(y, r * width))
         else:
             affine_runs(at(x, block.row * stride), stride, x_ahead, block.n_rows, width, width, coefs, each,
@@ -823,7 +823,7 @@ def grad_sums_run(dy, x, length, width, mean, coefs, relu, s1, s2):
     done = n_rows * width
     grad_sums_rows(dy, width, x, width, n_rows, width, mean, coefs, relu, s1, s2)
     if done < length:
-        grad_sums_rows(at(dy, done), width, at(x, done), width, width // width, length - done,
+        grad_sums_rows(at(dy, done), width, at(x, done), width, np.int64(1), length - done,
                        mean, coefs, relu, s1, s2)
 
 
@@ -1033,7 +1033,7 @@ def grad_affine_runs(
 
 @inline
 def grad_affine_run(dy, dy_ahead, x, x_ahead, length, width, coefs, relu, training, stream, grad_x):
-    one = width // width
+    one = np.int64(1)
     grad_affine_runs(dy, one, dy_ahead, x, one, x_ahead, one, length, width, coefs, one, relu, training, stream,
                      grad_x, one, one * AHEAD)
 
@@ -1080,8 +1080,8 @@ def grad_affine_task(
         elif width < NARROW and grad_x_stride == width:
             for r in range(block.row, last, step):
                 n = min(step, last - r)
-                grad_affine_run(gather(at(dy, r * dy_stride), dy_stride, n, width, dy_buffer), 0 * width,
-                                gather(at(x, r * x_stride), x_stride, n, width, x_buffer), 0 * width, n * width,
+                grad_affine_run(gather(at(dy, r * dy_stride), dy_stride, n, width, dy_buffer), np.int64(0),
+                                gather(at(x, r * x_stride), x_stride, n, width, x_buffer), np.int64(0), n * width,
                                 plan.fold * width, coefs, relu, training, stream, at(grad_x, r * width))
         else:
             grad_affine_runs(at(dy, block.row * dy_stride), dy_stride, dy_ahead,
