@@ -68,6 +68,15 @@ static inline void prefetch(const void *address) {
 #endif
 }
 
+/* Into the second cache. */
+static inline void prefetch_far(const void *address) {
+#if defined(__GNUC__)
+    __builtin_prefetch(address, 0, 2);
+#else
+    (void)address;
+#endif
+}
+
 static inline void prefetch_write(const void *address) {
 #if defined(__GNUC__)
     __builtin_prefetch(address, 1);

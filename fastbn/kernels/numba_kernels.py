@@ -27,6 +27,7 @@ from fastbn.kernels.numba_machine import (
     muladd,
     outline,
     prefetch,
+    prefetch_far,
     prefetch_write,
     restrict,
     rolled,
@@ -50,6 +51,7 @@ SERIAL_BYTES = 65536   # a thread's fair share: below it, waking the thread cost
 NARROW = 32            # rows apart of fewer columns are first copied together (20 columns: 20 % less time)
 STREAM_BYTES = 1 << 24  # outputs from here on bypass the caches
 COLUMNS_AHEAD = 128    # columns that the sums fetch ahead, or half so many of each of two arrays
+ROWS_AHEAD = 2 * ROWS  # wide rows that they fetch ahead into L2
 AHEAD = 512            # elements that the elementwise passes fetch ahead
 SERIAL_MERGES = 32768  # below so many partial results one thread merges them: starting the team takes longer
 BUFFER = ROWS * TILE   # elements of a task's buffers
@@ -197,6 +199,12 @@ def lead(stride, width):
     return AHEAD if stride == width or width >= 4 * AHEAD else stride * max(1, AHEAD // width)
 
 
+@helper
+def rows_ahead(plan, itemsize):
+    """How many rows ahead the sums of columns fetch into the second cache, where the data will not be in one."""
+    return ROWS_AHEAD if plan.outer * plan.channels * plan.inner * itemsize >= STREAM_BYTES else 0
+
+
 @inline
 def prefetch_strip(x):
     for i in range(0, STRIP, LINE // (address(at(x, 1)) - address(x))):
@@ -276,10 +284,20 @@ def prefetch_rows(x, stride, n_rows, width, j, ahead):
 
 
 @inline
-def sums_group(x, stride, n_rows, width, ahead, pivot, s1, s2):
+def prefetch_rows_far(x, stride, n_rows, further):
+    """A strip of each of n_rows rows, `further` rows on, into the second cache."""
+    for r in range(further, further + n_rows):
+        for i in range(0, STRIP, LINE // (address(at(x, 1)) - address(x))):
+            prefetch_far(at(x, r * stride + i))
+
+
+@inline
+def sums_group(x, stride, n_rows, width, ahead, further, pivot, s1, s2):
     j = 0
     while j + STRIP <= width:
         prefetch_rows(x, stride, n_rows, width, j, ahead)
+        if further:
+            prefetch_rows_far(at(x, j), stride, n_rows, further)
         sums_strip(at(x, j), stride, n_rows, STRIP, at(pivot, j), at(s1, j), at(s2, j))
         j += STRIP
     if (width - j) & 8:
@@ -294,50 +312,51 @@ def sums_group(x, stride, n_rows, width, ahead, pivot, s1, s2):
 
 
 @inline
-def sums_rows_as(x, stride, n_rows, width, ahead, pivot, s1, s2):
+def sums_rows_as(x, stride, n_rows, width, ahead, further, pivot, s1, s2):
     done = n_rows // ROWS * ROWS
     for r in range(0, done, ROWS):
-        sums_group(at(x, r * stride), stride, ROWS, width, ahead, pivot, s1, s2)
+        sums_group(at(x, r * stride), stride, ROWS, width, ahead, further, pivot, s1, s2)
     if done < n_rows:
-        sums_group(at(x, done * stride), stride, n_rows - done, width, ahead, pivot, s1, s2)
+        sums_group(at(x, done * stride), stride, n_rows - done, width, ahead, further, pivot, s1, s2)
 
 
 @helper
-def sums_rows(x, stride, n_rows, width, pivot, s1, s2):
+def sums_rows(x, stride, n_rows, width, further, pivot, s1, s2):
     restrict()
-    sums_rows_as(x, stride, n_rows, width, np.int64(COLUMNS_AHEAD), pivot, s1, s2)
+    sums_rows_as(x, stride, n_rows, width, np.int64(COLUMNS_AHEAD), further, pivot, s1, s2)
 
 
 @inline
-def sums_run(x, length, width, pivot, s1, s2):
+def sums_run(x, length, width, further, pivot, s1, s2):
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     n_rows = length // width
-    sums_rows(x, width, n_rows, width, pivot, s1, s2)
+    sums_rows(x, width, n_rows, width, further, pivot, s1, s2)
     if n_rows * width < length:
-        sums_rows(at(x, n_rows * width), width, np.int64(1), length - n_rows * width, pivot, s1, s2)
+        sums_rows(at(x, n_rows * width), width, np.int64(1), length - n_rows * width, further, pivot, s1, s2)
 
 
 @helper
 def sums_lanes(x, length, ahead, pivot, s1, s2):
     """The same as rows of LANES."""
     restrict()
-    lanes, one = np.int64(LANES), np.int64(1)  # no literals: each would have versions of the strips of its own
+    lanes, one, none = np.int64(LANES), np.int64(1), np.int64(0)  # no literals, lest each have its own strips
     n_rows = length // lanes
-    sums_rows_as(x, lanes, n_rows, lanes, ahead, pivot, s1, s2)
-    sums_group(at(x, n_rows * lanes), lanes, one, length - n_rows * lanes, ahead, pivot, s1, s2)
+    sums_rows_as(x, lanes, n_rows, lanes, ahead, none, pivot, s1, s2)
+    sums_group(at(x, n_rows * lanes), lanes, one, length - n_rows * lanes, ahead, none, pivot, s1, s2)
 
 
 @inline
-def sums_apart(x, stride, n_rows, width, fold, pivot, s1, s2):
+def sums_apart(x, stride, n_rows, width, fold, further, pivot, s1, s2):
     """ROWS wide rows, of `fold` rows each that lie apart (n_rows in all): summed where they lie."""
     for f in range(fold):
         j = f * width
-        sums_rows(at(x, f * stride), fold * stride, n_rows // fold, width, at(pivot, j), at(s1, j), at(s2, j))
+        sums_rows(at(x, f * stride), fold * stride, n_rows // fold, width, further, at(pivot, j), at(s1, j), at(s2, j))
 
 
 @inline
 def sums_block(x, stride, n_rows, length, channels, plan, buffer, pivot, s1, s2):
     width = channels * plan.repeat
+    further = rows_ahead(plan, address(at(x, 1)) - address(x))
     for j in range(width * plan.fold):
         s1[j] = 0
         s2[j] = 0
@@ -348,18 +367,18 @@ def sums_block(x, stride, n_rows, length, channels, plan, buffer, pivot, s1, s2)
                 sums_lanes(at(x, r * stride + c * plan.inner), length, lead(stride, channels * plan.inner),
                            at(pivot, n), at(s1, n), at(s2, n))
     elif plan.fold == 1:
-        sums_rows(x, stride, n_rows, width, pivot, s1, s2)
+        sums_rows(x, stride, n_rows, width, further, pivot, s1, s2)
     elif stride == width:
-        sums_run(x, n_rows * width, plan.fold * width, pivot, s1, s2)
+        sums_run(x, n_rows * width, plan.fold * width, further, pivot, s1, s2)
     else:
         step = ROWS * plan.fold
         for r in range(0, n_rows, step):
             n = min(step, n_rows - r)
             if n == step and width >= NARROW:
-                sums_apart(at(x, r * stride), stride, n, width, plan.fold, pivot, s1, s2)
+                sums_apart(at(x, r * stride), stride, n, width, plan.fold, further, pivot, s1, s2)
             else:
                 sums_run(gather(at(x, r * stride), stride, n, width, buffer), n * width, plan.fold * width,
-                         pivot, s1, s2)
+                         np.int64(0), pivot, s1, s2)
     fold_sums(s1, channels, plan.repeat, plan.fold)
     fold_sums(s2, channels, plan.repeat, plan.fold)
 
@@ -773,11 +792,14 @@ def grad_sums_strip(
 
 
 @inline
-def grad_sums_group(dy, dy_stride, x, x_stride, n_rows, width, dy_ahead, x_ahead, mean, coefs, relu, s1, s2):
+def grad_sums_group(dy, dy_stride, x, x_stride, n_rows, width, dy_ahead, x_ahead, further, mean, coefs, relu, s1, s2):
     j = 0
     while j + STRIP <= width:
         prefetch_rows(dy, dy_stride, n_rows, width, j, dy_ahead)
         prefetch_rows(x, x_stride, n_rows, width, j, x_ahead)
+        if further:
+            prefetch_rows_far(at(dy, j), dy_stride, n_rows, further)
+            prefetch_rows_far(at(x, j), x_stride, n_rows, further)
         grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, STRIP,
                         at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
         j += STRIP
@@ -796,45 +818,47 @@ def grad_sums_group(dy, dy_stride, x, x_stride, n_rows, width, dy_ahead, x_ahead
 
 
 @inline
-def grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, dy_ahead, x_ahead, mean, coefs, relu, s1, s2):
+def grad_sums_rows_as(
+    dy, dy_stride, x, x_stride, n_rows, width, dy_ahead, x_ahead, further, mean, coefs, relu, s1, s2,
+):
     done = n_rows // ROWS * ROWS
     for r in range(0, done, ROWS):
         grad_sums_group(at(dy, r * dy_stride), dy_stride, at(x, r * x_stride), x_stride, ROWS, width,
-                        dy_ahead, x_ahead, mean, coefs, relu, s1, s2)
+                        dy_ahead, x_ahead, further, mean, coefs, relu, s1, s2)
     if done < n_rows:
         grad_sums_group(at(dy, done * dy_stride), dy_stride, at(x, done * x_stride), x_stride, n_rows - done, width,
-                        dy_ahead, x_ahead, mean, coefs, relu, s1, s2)
+                        dy_ahead, x_ahead, further, mean, coefs, relu, s1, s2)
 
 
 @helper
-def grad_sums_rows(dy, dy_stride, x, x_stride, n_rows, width, mean, coefs, relu, s1, s2):
+def grad_sums_rows(dy, dy_stride, x, x_stride, n_rows, width, further, mean, coefs, relu, s1, s2):
     restrict()
     ahead = np.int64(COLUMNS_AHEAD // 2)
     if relu:
-        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, ahead, ahead, mean, coefs, True, s1, s2)
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, ahead, ahead, further, mean, coefs, True, s1, s2)
     else:
-        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, ahead, ahead, mean, coefs, False, s1, s2)
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, ahead, ahead, further, mean, coefs, False, s1, s2)
 
 
 @inline
-def grad_sums_run(dy, x, length, width, mean, coefs, relu, s1, s2):
+def grad_sums_run(dy, x, length, width, further, mean, coefs, relu, s1, s2):
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     n_rows = length // width
     done = n_rows * width
-    grad_sums_rows(dy, width, x, width, n_rows, width, mean, coefs, relu, s1, s2)
+    grad_sums_rows(dy, width, x, width, n_rows, width, further, mean, coefs, relu, s1, s2)
     if done < length:
         grad_sums_rows(at(dy, done), width, at(x, done), width, np.int64(1), length - done,
-                       mean, coefs, relu, s1, s2)
+                       further, mean, coefs, relu, s1, s2)
 
 
 @inline
 def grad_sums_lanes_as(dy, dy_ahead, x, x_ahead, length, mean, coefs, relu, s1, s2):
-    lanes, one = np.int64(LANES), np.int64(1)
+    lanes, one, none = np.int64(LANES), np.int64(1), np.int64(0)
     n_rows = length // lanes
     done = n_rows * lanes
-    grad_sums_rows_as(dy, lanes, x, lanes, n_rows, lanes, dy_ahead, x_ahead, mean, coefs, relu, s1, s2)
+    grad_sums_rows_as(dy, lanes, x, lanes, n_rows, lanes, dy_ahead, x_ahead, none, mean, coefs, relu, s1, s2)
     grad_sums_group(at(dy, done), lanes, at(x, done), lanes, one, length - done, dy_ahead, x_ahead,
-                    mean, coefs, relu, s1, s2)
+                    none, mean, coefs, relu, s1, s2)
 
 
 @helper
@@ -848,12 +872,12 @@ def grad_sums_lanes(dy, dy_ahead, x, x_ahead, length, mean, coefs, relu, s1, s2)
 
 
 @inline
-def grad_sums_apart(dy, dy_stride, x, x_stride, n_rows, width, fold, mean, coefs, relu, s1, s2):
+def grad_sums_apart(dy, dy_stride, x, x_stride, n_rows, width, fold, further, mean, coefs, relu, s1, s2):
     """ROWS wide rows, of `fold` rows each that lie apart (n_rows in all): summed where they lie."""
     for f in range(fold):
         j = f * width
         grad_sums_rows(at(dy, f * dy_stride), fold * dy_stride, at(x, f * x_stride), fold * x_stride, n_rows // fold,
-                       width, at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
+                       width, further, at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
 
 
 @inline
@@ -876,6 +900,7 @@ def grad_moments_task(
     width = channels * plan.repeat
     wide = plan.fold * width
     step = ROWS * plan.fold
+    further = rows_ahead(plan, 2 * (address(at(x, 1)) - address(x)))
     spread_rows(channel_mean, 1, plan, c0, channels, mean)
     spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
     dy = at(dy, c0 * plan.inner)
@@ -901,20 +926,20 @@ def grad_moments_task(
                                     at(mean, n), at(coefs, n), relu, at(s1, n), at(s2, n))
         elif plan.fold == 1:
             grad_sums_rows(at(dy, block.row * dy_stride), dy_stride, at(x, block.row * x_stride), x_stride,
-                           block.n_rows, width, mean, coefs, relu, s1, s2)
+                           block.n_rows, width, further, mean, coefs, relu, s1, s2)
         elif dy_stride == width and x_stride == width:
             i = block.row * width
-            grad_sums_run(at(dy, i), at(x, i), block.n_rows * width, wide, mean, coefs, relu, s1, s2)
+            grad_sums_run(at(dy, i), at(x, i), block.n_rows * width, wide, further, mean, coefs, relu, s1, s2)
         else:
             for r in range(block.row, last, step):
                 n = min(step, last - r)
                 if n == step and width >= NARROW:
                     grad_sums_apart(at(dy, r * dy_stride), dy_stride, at(x, r * x_stride), x_stride, n, width,
-                                    plan.fold, mean, coefs, relu, s1, s2)
+                                    plan.fold, further, mean, coefs, relu, s1, s2)
                 else:
                     grad_sums_run(gather(at(dy, r * dy_stride), dy_stride, n, width, dy_buffer),
                                   gather(at(x, r * x_stride), x_stride, n, width, x_buffer),
-                                  n * width, wide, mean, coefs, relu, s1, s2)
+                                  n * width, wide, np.int64(0), mean, coefs, relu, s1, s2)
         fold_sums(s1, channels, plan.repeat, plan.fold)
         fold_sums(s2, channels, plan.repeat, plan.fold)
         for c in range(channels):

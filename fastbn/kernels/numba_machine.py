@@ -88,12 +88,12 @@ def restrict(typingctx):
     return types.void(), codegen
 
 
-def _prefetch(pointer, to_write):
+def _prefetch(pointer, to_write=0, locality=3):
     def codegen(context, builder, signature, args):
         i32, byte_pointer = ir.IntType(32), ir.IntType(8).as_pointer()
         function_type = ir.FunctionType(ir.VoidType(), [byte_pointer, i32, i32, i32])
         function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch")
-        builder.call(function, [builder.bitcast(args[0], byte_pointer), i32(to_write), i32(3), i32(1)])
+        builder.call(function, [builder.bitcast(args[0], byte_pointer), i32(to_write), i32(locality), i32(1)])
         return context.get_dummy_value()
     return types.void(pointer), codegen
 
@@ -101,13 +101,19 @@ def _prefetch(pointer, to_write):
 @intrinsic
 def prefetch(typingctx, pointer):
     """Asks for the cache line at pointer, which need not be valid."""
-    return _prefetch(pointer, 0)
+    return _prefetch(pointer)
+
+
+@intrinsic
+def prefetch_far(typingctx, pointer):
+    """The same into the second cache."""
+    return _prefetch(pointer, locality=2)
 
 
 @intrinsic
 def prefetch_write(typingctx, pointer):
-    """The same for a line that will be written."""
-    return _prefetch(pointer, 1)
+    """Asks for a line that will be written."""
+    return _prefetch(pointer, to_write=1)
 
 
 @intrinsic
