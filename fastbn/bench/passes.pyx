@@ -11,6 +11,7 @@ from libc.string cimport memcpy
 
 cdef extern from "machine.h" nogil:
     void prefetch(const void* address)
+    void prefetch_far(const void* address)
     void prefetch_write(const void* address)
     void stream_line(void* target, const void* source)
     void stream_end()
@@ -19,6 +20,7 @@ cdef enum:
     PIECE = 1024          # lines
     ROWS = 128            # that lie apart, dealt to a thread at once
     AHEAD = 64            # lines
+    FAR_AHEAD = 2 * AHEAD  # into L2, of two large inputs: 262144x256 on Zen 4 10 % faster; reads and copies are not
     STREAM_BYTES = 1 << 24  # outputs from here on bypass the caches, as the kernels' do
 
 cdef struct Line:
@@ -60,8 +62,12 @@ cdef void combine_lines(const Line* a, const Line* b, Line* out, Py_ssize_t n, b
     cdef Line value, other
     cdef Py_ssize_t i, j
     for i in range(n):
-        prefetch(a + i + AHEAD)
-        prefetch(b + i + AHEAD)
+        if stream:
+            prefetch_far(a + i + FAR_AHEAD)
+            prefetch_far(b + i + FAR_AHEAD)
+        else:
+            prefetch(a + i + AHEAD)
+            prefetch(b + i + AHEAD)
         memcpy(&value, a + i, sizeof(Line))
         memcpy(&other, b + i, sizeof(Line))
         for j in range(8):

@@ -42,7 +42,9 @@ cdef enum:
     # which they fetched before, those 4 KiB apart were too many for a set of L1: the backward took 10 to 20 % longer.
     ROWS_AHEAD = 2 * ROWS  # wide rows that they fetch ahead into L2. From memory, Zen 4 on two threads: moments of
     # 1000000x64 12.6 ms without and 5.9 with, the sums of the backward 23 and 13; in L2 1 to 10 % longer.
-    AHEAD = 512           # elements that the elementwise passes fetch ahead: 10 to 25 % from 4 MB up
+    AHEAD = 512           # elements that runs and the elementwise passes fetch ahead: 10 to 25 % from 4 MB up
+    FAR_AHEAD = 2048      # and where the data will not be in a cache, into L2 instead: of the time, on Zen 4 and two
+    # threads, grad_affine of 4096x1024 took 0.7, moments of 32x64x56x56 as much.
     MAX_CHUNKS = 64       # partial results a channel, at most; so also the threads that can share a column
     SERIAL_BYTES = 65536  # a thread's fair share: below it, waking the thread costs more than it saves
     NARROW = 32           # rows apart of fewer columns are first copied together (20 columns: 20 % less time)
@@ -192,22 +194,26 @@ cdef inline void fold_sums(double* wide, Py_ssize_t channels, Py_ssize_t repeat,
             wide[c] = total
 
 
-cdef inline Py_ssize_t lead(Py_ssize_t stride, Py_ssize_t width) noexcept nogil:
-    """How many elements ahead to fetch: AHEAD of them, which are whole rows where short rows lie apart. Beyond their
-    ends lies what other tasks want (128x64x14x14: the affine pass took twice as long)."""
-    return AHEAD if stride == width or width >= 4 * AHEAD else stride * max(1, AHEAD // width)
+cdef inline bint is_far(const Plan* plan, Py_ssize_t itemsize) noexcept nogil:
+    """Whether the data will not be in a cache: it is then fetched from further ahead, into the second one."""
+    return plan.outer * plan.channels * plan.inner * itemsize >= STREAM_BYTES
 
 
-cdef inline Py_ssize_t rows_ahead(const Plan* plan, Py_ssize_t itemsize) noexcept nogil:
-    """How many rows ahead the sums of columns fetch into the second cache, where the data will not be in one."""
-    return ROWS_AHEAD if plan.outer * plan.channels * plan.inner * itemsize >= STREAM_BYTES else 0
+cdef inline Py_ssize_t lead(Py_ssize_t stride, Py_ssize_t width, bint far) noexcept nogil:
+    """How many elements ahead to fetch, which are whole rows where short rows lie apart. Beyond their ends lies what
+    other tasks want (128x64x14x14: the affine pass took twice as long)."""
+    cdef Py_ssize_t ahead = FAR_AHEAD if far else AHEAD
+    return ahead if stride == width or width >= 4 * ahead else stride * max(1, ahead // width)
 
 
-cdef inline void prefetch_strip(const floating* x) noexcept nogil:
+cdef inline void prefetch_strip(const floating* x, bint far) noexcept nogil:
     """A strip of float64 is two lines: with one of them, the elementwise passes took 15 to 30 % longer."""
-    prefetch(x)
-    if floating is double:
-        prefetch(x + STRIP // 2)
+    cdef Py_ssize_t i
+    for i in range(STRIP * <Py_ssize_t>sizeof(floating) // LINE):
+        if far:
+            prefetch_far(<const char*>x + i * LINE)
+        else:
+            prefetch(<const char*>x + i * LINE)
 
 
 cdef inline void prefetch_strip_write(const floating* y) noexcept nogil:
@@ -225,7 +231,7 @@ cdef inline const floating* gather(
         return x
     for r in range(n_rows):
         for j in range(ceil_div(width, STRIP)):
-            prefetch_strip(x + (r + n_rows) * stride + j * STRIP)
+            prefetch_strip(x + (r + n_rows) * stride + j * STRIP, False)
         for j in range(width):
             buffer[r * width + j] = x[r * stride + j]
     return buffer
@@ -295,37 +301,28 @@ cdef inline const floating* coming(
 
 
 cdef inline void prefetch_rows(
-    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t j, Py_ssize_t ahead,
+    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t j, Py_ssize_t ahead, bint far,
 ) noexcept nogil:
     """A strip of each row of what is coming. Takes a 268 MB array from 12 to 20 GB/s on two threads."""
     cdef const floating* strip = coming(x, stride, n_rows, width, j, ahead)
     cdef Py_ssize_t r
     for r in range(n_rows):
         if stride == LANES:
-            prefetch_strip(strip + r * stride)
+            prefetch_strip(strip + r * stride, far)
         else:  # with both lines of float64, the sums of columns took 5 to 10 % longer in L2
             prefetch(strip + r * stride)
-
-
-cdef inline void prefetch_rows_far(
-    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t further,
-) noexcept nogil:
-    """A strip of each of n_rows rows, `further` rows on, into the second cache."""
-    cdef Py_ssize_t r, i
-    for r in range(further, further + n_rows):
-        for i in range(STRIP * <Py_ssize_t>sizeof(floating) // LINE):
-            prefetch_far(<const char*>(x + r * stride) + i * LINE)
+    if far and stride != LANES:
+        for r in range(ROWS_AHEAD, ROWS_AHEAD + n_rows):
+            prefetch_strip(x + j + r * stride, True)
 
 
 cdef inline void sums_group(
-    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t ahead, Py_ssize_t further,
+    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t ahead, bint far,
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t j = 0
     while j + STRIP <= width:
-        prefetch_rows(x, stride, n_rows, width, j, ahead)
-        if further:
-            prefetch_rows_far(x + j, stride, n_rows, further)
+        prefetch_rows(x, stride, n_rows, width, j, ahead, far)
         sums_strip(x + j, stride, n_rows, STRIP, pivot + j, s1 + j, s2 + j)
         j += STRIP
     if (width - j) & 8:
@@ -340,60 +337,63 @@ cdef inline void sums_group(
 
 
 cdef inline void sums_rows_as(
-    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t ahead, Py_ssize_t further,
+    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t ahead, bint far,
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t _i
     for _i in range(n_rows // ROWS):
-        sums_group(x, stride, ROWS, width, ahead, further, pivot, s1, s2)
+        sums_group(x, stride, ROWS, width, ahead, far, pivot, s1, s2)
         x += ROWS * stride
     # The rest in literal sizes, which the compiler unrolls.
     if n_rows & 4:
-        sums_group(x, stride, 4, width, ahead, further, pivot, s1, s2)
+        sums_group(x, stride, 4, width, ahead, far, pivot, s1, s2)
         x += 4 * stride
     if n_rows & 2:
-        sums_group(x, stride, 2, width, ahead, further, pivot, s1, s2)
+        sums_group(x, stride, 2, width, ahead, far, pivot, s1, s2)
         x += 2 * stride
     if n_rows & 1:
-        sums_group(x, stride, 1, width, ahead, further, pivot, s1, s2)
+        sums_group(x, stride, 1, width, ahead, far, pivot, s1, s2)
 
 
 cdef void sums_rows(
-    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t further,
+    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, bint far,
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
-    sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, further, pivot, s1, s2)
+    sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, far, pivot, s1, s2)
 
 
 cdef void sums_run(
-    const floating* x, Py_ssize_t length, Py_ssize_t width, Py_ssize_t further,
+    const floating* x, Py_ssize_t length, Py_ssize_t width, bint far,
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     cdef Py_ssize_t n_rows = length // width
-    sums_rows(x, width, n_rows, width, further, pivot, s1, s2)
+    sums_rows(x, width, n_rows, width, far, pivot, s1, s2)
     if n_rows * width < length:
-        sums_rows(x + n_rows * width, width, 1, length - n_rows * width, further, pivot, s1, s2)
+        sums_rows(x + n_rows * width, width, 1, length - n_rows * width, far, pivot, s1, s2)
 
 
 cdef void sums_lanes(
-    const floating* x, Py_ssize_t length, Py_ssize_t ahead, const double* pivot, double* s1, double* s2,
+    const floating* x, Py_ssize_t length, Py_ssize_t ahead, bint far, const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     """The same as rows of LANES: by a literal, runs of 196 take half the time; a call for the rest takes a quarter."""
     cdef Py_ssize_t n_rows = length // LANES
-    sums_rows_as(x, LANES, n_rows, LANES, ahead, 0, pivot, s1, s2)
+    if far:  # a literal in each branch: tested in each strip, the flag took 32x256x14x14 10 to 20 % longer
+        sums_rows_as(x, LANES, n_rows, LANES, ahead, True, pivot, s1, s2)
+    else:
+        sums_rows_as(x, LANES, n_rows, LANES, ahead, False, pivot, s1, s2)
     if n_rows * LANES < length:
-        sums_group(x + n_rows * LANES, LANES, 1, length - n_rows * LANES, ahead, 0, pivot, s1, s2)
+        sums_group(x + n_rows * LANES, LANES, 1, length - n_rows * LANES, ahead, False, pivot, s1, s2)
 
 
 cdef void sums_apart(
-    const floating* x, Py_ssize_t stride, Py_ssize_t width, Py_ssize_t fold, Py_ssize_t further,
+    const floating* x, Py_ssize_t stride, Py_ssize_t width, Py_ssize_t fold, bint far,
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     """ROWS wide rows, of `fold` rows each that lie apart: summed where they lie."""
     cdef Py_ssize_t f
     for f in range(fold):
-        sums_rows(x + f * stride, fold * stride, ROWS, width, further,
+        sums_rows(x + f * stride, fold * stride, ROWS, width, far,
                   pivot + f * width, s1 + f * width, s2 + f * width)
 
 
@@ -402,27 +402,27 @@ cdef void sums_block(
     const Plan* plan, floating* buffer, const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t i, r, c, n, width = channels * plan.repeat, step = ROWS * plan.fold
-    cdef Py_ssize_t further = rows_ahead(plan, sizeof(floating))
+    cdef bint far = is_far(plan, sizeof(floating))
     memset(s1, 0, width * plan.fold * sizeof(double))
     memset(s2, 0, width * plan.fold * sizeof(double))
     if plan.by_inner:
         for r in range(n_rows):
             for c in range(channels):
-                sums_lanes(x + r * stride + c * plan.inner, length, lead(stride, channels * plan.inner),
+                sums_lanes(x + r * stride + c * plan.inner, length, lead(stride, channels * plan.inner, far), far,
                            pivot + c * LANES, s1 + c * LANES, s2 + c * LANES)
     elif plan.fold == 1:
-        sums_rows(x, stride, n_rows, width, further, pivot, s1, s2)
+        sums_rows(x, stride, n_rows, width, far, pivot, s1, s2)
     elif stride == width:
-        sums_run(x, n_rows * width, plan.fold * width, further, pivot, s1, s2)
+        sums_run(x, n_rows * width, plan.fold * width, far, pivot, s1, s2)
     else:
         for i in range(ceil_div(n_rows, step)):
             r = i * step
             n = min(step, n_rows - r)
             if n == step and width >= NARROW:
-                sums_apart(x + r * stride, stride, width, plan.fold, further, pivot, s1, s2)
+                sums_apart(x + r * stride, stride, width, plan.fold, far, pivot, s1, s2)
             else:
-                sums_run(gather(x + r * stride, stride, n, width, buffer), n * width, plan.fold * width, 0,
-                         pivot, s1, s2)
+                sums_run(gather(x + r * stride, stride, n, width, buffer), n * width, plan.fold * width,
+                         False, pivot, s1, s2)
     fold_sums(s1, channels, plan.repeat, plan.fold)
     fold_sums(s2, channels, plan.repeat, plan.fold)
 
@@ -713,7 +713,7 @@ cdef inline void affine_strips(
 ) noexcept nogil:
     cdef Py_ssize_t _strip
     for _strip in range(n_strips):
-        prefetch_strip(x + x_ahead)
+        prefetch_strip(x + x_ahead, stream)
         if not stream:
             prefetch_strip_write(y + y_ahead)
         affine_strip(x, STRIP, coefs, relu, stream, y)
@@ -784,7 +784,7 @@ cdef void affine_task(
     cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
     cdef Py_ssize_t width = channels * plan.repeat, step = ROWS * plan.fold
     cdef Py_ssize_t segment = channels * plan.inner if plan.by_inner else width
-    cdef Py_ssize_t x_ahead = lead(stride, segment), y_ahead = lead(y_stride, segment)
+    cdef Py_ssize_t x_ahead = lead(stride, segment, stream), y_ahead = lead(y_stride, segment, False)
     cdef Py_ssize_t index, r, i, n
     cdef bint stream_rows = stream and (plan.fold == 1 or has_whole_lines(y, y_stride))
     cdef bint one_run = not plan.by_inner and stride == width and y_stride == width
@@ -793,8 +793,7 @@ cdef void affine_task(
     spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
     x += c0 * plan.inner
     y += c0 * plan.inner
-    # Backwards: the end of the chunk, read last by moments_task, is still in the cache.
-    for index in range(min((chunk + 1) * plan.chunk, plan.n_blocks) - 1, chunk * plan.chunk - 1, -1):
+    for index in range(chunk * plan.chunk, min((chunk + 1) * plan.chunk, plan.n_blocks)):
         block = block_within(plan, index, band)
         if plan.by_inner:  # a call a row: one a run took 196 elements 15 to 30 % longer in L2
             for r in range(block.row, block.row + block.n_rows):
@@ -802,7 +801,7 @@ cdef void affine_task(
                             coefs, 0, relu, stream, y + r * y_stride + block.start, plan.inner, y_ahead)
         elif one_run:
             i = block.row * width
-            affine_run(x + i, AHEAD, block.n_rows * width, plan.fold * width, coefs, relu, stream, y + i)
+            affine_run(x + i, x_ahead, block.n_rows * width, plan.fold * width, coefs, relu, stream, y + i)
         elif width < NARROW and y_stride == width:
             for i in range(ceil_div(block.n_rows, step)):
                 r = block.row + i * step
@@ -862,16 +861,13 @@ cdef inline void grad_sums_strip(
 
 cdef inline void grad_sums_group(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
-    Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t dy_ahead, Py_ssize_t x_ahead, Py_ssize_t further,
+    Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t dy_ahead, Py_ssize_t x_ahead, bint far,
     const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t j = 0
     while j + STRIP <= width:
-        prefetch_rows(dy, dy_stride, n_rows, width, j, dy_ahead)
-        prefetch_rows(x, x_stride, n_rows, width, j, x_ahead)
-        if further:
-            prefetch_rows_far(dy + j, dy_stride, n_rows, further)
-            prefetch_rows_far(x + j, x_stride, n_rows, further)
+        prefetch_rows(dy, dy_stride, n_rows, width, j, dy_ahead, far)
+        prefetch_rows(x, x_stride, n_rows, width, j, x_ahead, far)
         grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, STRIP, mean + j, coefs + j, relu, s1 + j, s2 + j)
         j += STRIP
     if (width - j) & 8:
@@ -887,77 +883,81 @@ cdef inline void grad_sums_group(
 
 cdef inline void grad_sums_rows_as(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
-    Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t dy_ahead, Py_ssize_t x_ahead, Py_ssize_t further,
+    Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t dy_ahead, Py_ssize_t x_ahead, bint far,
     const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t _i
     for _i in range(n_rows // ROWS):
-        grad_sums_group(dy, dy_stride, x, x_stride, ROWS, width, dy_ahead, x_ahead, further,
+        grad_sums_group(dy, dy_stride, x, x_stride, ROWS, width, dy_ahead, x_ahead, far,
                         mean, coefs, relu, s1, s2)
         dy += ROWS * dy_stride
         x += ROWS * x_stride
     if n_rows & 4:
-        grad_sums_group(dy, dy_stride, x, x_stride, 4, width, dy_ahead, x_ahead, further,
+        grad_sums_group(dy, dy_stride, x, x_stride, 4, width, dy_ahead, x_ahead, far,
                         mean, coefs, relu, s1, s2)
         dy += 4 * dy_stride
         x += 4 * x_stride
     if n_rows & 2:
-        grad_sums_group(dy, dy_stride, x, x_stride, 2, width, dy_ahead, x_ahead, further,
+        grad_sums_group(dy, dy_stride, x, x_stride, 2, width, dy_ahead, x_ahead, far,
                         mean, coefs, relu, s1, s2)
         dy += 2 * dy_stride
         x += 2 * x_stride
     if n_rows & 1:
-        grad_sums_group(dy, dy_stride, x, x_stride, 1, width, dy_ahead, x_ahead, further,
+        grad_sums_group(dy, dy_stride, x, x_stride, 1, width, dy_ahead, x_ahead, far,
                         mean, coefs, relu, s1, s2)
 
 
 cdef void grad_sums_rows(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
-    Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t further, const double* mean, const floating* coefs, bint relu,
+    Py_ssize_t n_rows, Py_ssize_t width, bint far, const double* mean, const floating* coefs, bint relu,
     double* s1, double* s2,
 ) noexcept nogil:
     # A literal in each branch: a flag tested inside the strip would keep it from being vectorised.
     cdef Py_ssize_t ahead = COLUMNS_AHEAD // 2
     if relu:
-        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, ahead, ahead, further, mean, coefs, True, s1, s2)
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, ahead, ahead, far, mean, coefs, True, s1, s2)
     else:
-        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, ahead, ahead, further, mean, coefs, False, s1, s2)
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, ahead, ahead, far, mean, coefs, False, s1, s2)
 
 
 cdef void grad_sums_run(
-    const floating* dy, const floating* x, Py_ssize_t length, Py_ssize_t width, Py_ssize_t further,
+    const floating* dy, const floating* x, Py_ssize_t length, Py_ssize_t width, bint far,
     const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
 ) noexcept nogil:
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     cdef Py_ssize_t n_rows = length // width, done = n_rows * width
-    grad_sums_rows(dy, width, x, width, n_rows, width, further, mean, coefs, relu, s1, s2)
+    grad_sums_rows(dy, width, x, width, n_rows, width, far, mean, coefs, relu, s1, s2)
     if done < length:
-        grad_sums_rows(dy + done, width, x + done, width, 1, length - done, further, mean, coefs, relu, s1, s2)
+        grad_sums_rows(dy + done, width, x + done, width, 1, length - done, far, mean, coefs, relu, s1, s2)
 
 
 cdef void grad_sums_lanes(
-    const floating* dy, Py_ssize_t dy_ahead, const floating* x, Py_ssize_t x_ahead, Py_ssize_t length,
+    const floating* dy, Py_ssize_t dy_ahead, const floating* x, Py_ssize_t x_ahead, Py_ssize_t length, bint far,
     const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
 ) noexcept nogil:
     """The same as rows of LANES."""
     cdef Py_ssize_t n_rows = length // LANES, done = n_rows * LANES
-    if relu:
-        grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, dy_ahead, x_ahead, 0, mean, coefs, True, s1, s2)
+    if relu and far:
+        grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, dy_ahead, x_ahead, True, mean, coefs, True, s1, s2)
+    elif relu:
+        grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, dy_ahead, x_ahead, False, mean, coefs, True, s1, s2)
+    elif far:
+        grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, dy_ahead, x_ahead, True, mean, coefs, False, s1, s2)
     else:
-        grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, dy_ahead, x_ahead, 0, mean, coefs, False, s1, s2)
+        grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, dy_ahead, x_ahead, False, mean, coefs, False, s1, s2)
     if done < length:
-        grad_sums_rows(dy + done, LANES, x + done, LANES, 1, length - done, 0, mean, coefs, relu, s1, s2)
+        grad_sums_rows(dy + done, LANES, x + done, LANES, 1, length - done, far, mean, coefs, relu, s1, s2)
 
 
 cdef void grad_sums_apart(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, Py_ssize_t width,
-    Py_ssize_t fold, Py_ssize_t further, const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
+    Py_ssize_t fold, bint far, const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
 ) noexcept nogil:
     """ROWS wide rows, of `fold` rows each that lie apart: summed where they lie."""
     cdef Py_ssize_t f, j
     for f in range(fold):
         j = f * width
-        grad_sums_rows(dy + f * dy_stride, fold * dy_stride, x + f * x_stride, fold * x_stride, ROWS, width, further,
+        grad_sums_rows(dy + f * dy_stride, fold * dy_stride, x + f * x_stride, fold * x_stride, ROWS, width, far,
                        mean + j, coefs + j, relu, s1 + j, s2 + j)
 
 
@@ -979,7 +979,8 @@ cdef void grad_moments_task(
     cdef Py_ssize_t c0 = tile * plan.tile
     cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
     cdef Py_ssize_t width = channels * plan.repeat, wide = plan.fold * width, step = ROWS * plan.fold
-    cdef Py_ssize_t index, r, c, i, n, last, further = rows_ahead(plan, 2 * sizeof(floating))
+    cdef Py_ssize_t index, r, c, i, n, last
+    cdef bint far = is_far(plan, 2 * sizeof(floating))
     cdef Block block
     spread_rows(channel_mean, 1, plan, c0, channels, mean)
     spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
@@ -999,26 +1000,26 @@ cdef void grad_moments_task(
                 for c in range(channels):
                     i = c * plan.inner + block.start
                     n = c * LANES
-                    grad_sums_lanes(dy + r * dy_stride + i, lead(dy_stride, channels * plan.inner),
-                                    x + r * x_stride + i, lead(x_stride, channels * plan.inner), block.length,
+                    grad_sums_lanes(dy + r * dy_stride + i, lead(dy_stride, channels * plan.inner, far),
+                                    x + r * x_stride + i, lead(x_stride, channels * plan.inner, far), block.length, far,
                                     mean + n, coefs + n, relu, s1 + n, s2 + n)
         elif plan.fold == 1:
             grad_sums_rows(dy + block.row * dy_stride, dy_stride, x + block.row * x_stride, x_stride,
-                           block.n_rows, width, further, mean, coefs, relu, s1, s2)
+                           block.n_rows, width, far, mean, coefs, relu, s1, s2)
         elif dy_stride == width and x_stride == width:
             i = block.row * width
-            grad_sums_run(dy + i, x + i, block.n_rows * width, wide, further, mean, coefs, relu, s1, s2)
+            grad_sums_run(dy + i, x + i, block.n_rows * width, wide, far, mean, coefs, relu, s1, s2)
         else:
             for i in range(ceil_div(block.n_rows, step)):
                 r = block.row + i * step
                 n = min(step, last - r)
                 if n == step and width >= NARROW:
                     grad_sums_apart(dy + r * dy_stride, dy_stride, x + r * x_stride, x_stride, width, plan.fold,
-                                    further, mean, coefs, relu, s1, s2)
+                                    far, mean, coefs, relu, s1, s2)
                 else:
                     grad_sums_run(gather(dy + r * dy_stride, dy_stride, n, width, dy_buffer),
                                   gather(x + r * x_stride, x_stride, n, width, x_buffer),
-                                  n * width, wide, 0, mean, coefs, relu, s1, s2)
+                                  n * width, wide, False, mean, coefs, relu, s1, s2)
         fold_sums(s1, channels, plan.repeat, plan.fold)
         fold_sums(s2, channels, plan.repeat, plan.fold)
         for c in range(channels):
@@ -1086,8 +1087,8 @@ cdef inline void grad_affine_strips(
 ) noexcept nogil:
     cdef Py_ssize_t _strip
     for _strip in range(n_strips):
-        prefetch_strip(dy + dy_ahead)
-        prefetch_strip(x + x_ahead)
+        prefetch_strip(dy + dy_ahead, stream)
+        prefetch_strip(x + x_ahead, stream)
         if not stream:
             prefetch_strip_write(grad_x + grad_x_ahead)
         grad_affine_strip(dy, x, STRIP, coefs, relu, training, stream, grad_x)
@@ -1174,8 +1175,8 @@ cdef void grad_affine_task(
     cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
     cdef Py_ssize_t width = channels * plan.repeat, step = ROWS * plan.fold
     cdef Py_ssize_t segment = channels * plan.inner if plan.by_inner else width
-    cdef Py_ssize_t dy_ahead = lead(dy_stride, segment), x_ahead = lead(x_stride, segment)
-    cdef Py_ssize_t grad_x_ahead = lead(grad_x_stride, segment)
+    cdef Py_ssize_t dy_ahead = lead(dy_stride, segment, stream), x_ahead = lead(x_stride, segment, stream)
+    cdef Py_ssize_t grad_x_ahead = lead(grad_x_stride, segment, False)
     cdef Py_ssize_t index, r, i, n
     cdef bint stream_rows = stream and (plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride))
     cdef bint one_run = not plan.by_inner and dy_stride == width and x_stride == width and grad_x_stride == width
@@ -1186,7 +1187,7 @@ cdef void grad_affine_task(
     dy += c0 * plan.inner
     x += c0 * plan.inner
     grad_x += c0 * plan.inner
-    for index in range(min((chunk + 1) * plan.chunk, plan.n_blocks) - 1, chunk * plan.chunk - 1, -1):
+    for index in range(chunk * plan.chunk, min((chunk + 1) * plan.chunk, plan.n_blocks)):
         block = block_within(plan, index, band)
         if plan.by_inner:
             for r in range(block.row, block.row + block.n_rows):
@@ -1196,7 +1197,7 @@ cdef void grad_affine_task(
                                  grad_x + r * grad_x_stride + block.start, plan.inner, grad_x_ahead)
         elif one_run:
             i = block.row * width
-            grad_affine_run(dy + i, AHEAD, x + i, AHEAD, block.n_rows * width, plan.fold * width, coefs, relu,
+            grad_affine_run(dy + i, dy_ahead, x + i, x_ahead, block.n_rows * width, plan.fold * width, coefs, relu,
                             training, stream, grad_x + i)
         elif width < NARROW and grad_x_stride == width:
             for i in range(ceil_div(block.n_rows, step)):
@@ -1308,6 +1309,7 @@ cdef void affine_part(
 ) noexcept nogil:
     cdef Py_ssize_t task
     cdef Band band = band_of(plan, part)
+    # Backwards: what moments_part read last is still in the cache.
     for task in range(band.last - 1, band.first - 1, -1):
         affine_task(x, stride, plan, &band, task // part.n_tiles, part.tile + task % part.n_tiles, coefs, relu, stream,
                     y, y_stride)

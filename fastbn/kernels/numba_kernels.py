@@ -52,7 +52,8 @@ NARROW = 32            # rows apart of fewer columns are first copied together (
 STREAM_BYTES = 1 << 24  # outputs from here on bypass the caches
 COLUMNS_AHEAD = 128    # columns that the sums fetch ahead, or half so many of each of two arrays
 ROWS_AHEAD = 2 * ROWS  # wide rows that they fetch ahead into L2
-AHEAD = 512            # elements that the elementwise passes fetch ahead
+AHEAD = 512            # elements that runs and the elementwise passes fetch ahead
+FAR_AHEAD = 2048       # and where the data will not be in a cache, into L2 instead
 SERIAL_MERGES = 32768  # below so many partial results one thread merges them: starting the team takes longer
 BUFFER = ROWS * TILE   # elements of a task's buffers
 # Where a tile's coefficients lie in its one array, so that a strip takes one pointer for all of them. Behind those of a
@@ -193,22 +194,26 @@ def fold_sums(wide, channels, repeat, fold):
 
 
 @helper
-def lead(stride, width):
-    """How many elements ahead to fetch: AHEAD of them, which are whole rows where short rows lie apart. Beyond their
-    ends lies what other tasks want."""
-    return AHEAD if stride == width or width >= 4 * AHEAD else stride * max(1, AHEAD // width)
+def is_far(plan, itemsize):
+    """Whether the data will not be in a cache: it is then fetched from further ahead, into the second one."""
+    return plan.outer * plan.channels * plan.inner * itemsize >= STREAM_BYTES
 
 
 @helper
-def rows_ahead(plan, itemsize):
-    """How many rows ahead the sums of columns fetch into the second cache, where the data will not be in one."""
-    return ROWS_AHEAD if plan.outer * plan.channels * plan.inner * itemsize >= STREAM_BYTES else 0
+def lead(stride, width, far):
+    """How many elements ahead to fetch, which are whole rows where short rows lie apart. Beyond their ends lies what
+    other tasks want."""
+    ahead = FAR_AHEAD if far else AHEAD
+    return ahead if stride == width or width >= 4 * ahead else stride * max(1, ahead // width)
 
 
 @inline
-def prefetch_strip(x):
+def prefetch_strip(x, far):
     for i in range(0, STRIP, LINE // (address(at(x, 1)) - address(x))):
-        prefetch(at(x, i))
+        if far:
+            prefetch_far(at(x, i))
+        else:
+            prefetch(at(x, i))
 
 
 @inline
@@ -224,7 +229,7 @@ def gather(x, stride, n_rows, width, buffer):
         return x
     for r in range(n_rows):
         for j in range(0, width, STRIP):
-            prefetch_strip(at(x, (r + n_rows) * stride + j))
+            prefetch_strip(at(x, (r + n_rows) * stride + j), False)
         for j in range(width):
             buffer[r * width + j] = x[r * stride + j]
     return buffer
@@ -273,31 +278,24 @@ def coming(x, stride, n_rows, width, j, ahead):
 
 
 @inline
-def prefetch_rows(x, stride, n_rows, width, j, ahead):
+def prefetch_rows(x, stride, n_rows, width, j, ahead, far):
     """A strip of each row of what is coming."""
     strip = coming(x, stride, n_rows, width, j, ahead)
     for r in range(n_rows):
         if stride == LANES:
-            prefetch_strip(at(strip, r * stride))
+            prefetch_strip(at(strip, r * stride), far)
         else:  # of columns, both lines of float64 would take longer
             prefetch(at(strip, r * stride))
+    if far and stride != LANES:
+        for r in range(ROWS_AHEAD, ROWS_AHEAD + n_rows):
+            prefetch_strip(at(x, j + r * stride), True)
 
 
 @inline
-def prefetch_rows_far(x, stride, n_rows, further):
-    """A strip of each of n_rows rows, `further` rows on, into the second cache."""
-    for r in range(further, further + n_rows):
-        for i in range(0, STRIP, LINE // (address(at(x, 1)) - address(x))):
-            prefetch_far(at(x, r * stride + i))
-
-
-@inline
-def sums_group(x, stride, n_rows, width, ahead, further, pivot, s1, s2):
+def sums_group(x, stride, n_rows, width, ahead, far, pivot, s1, s2):
     j = 0
     while j + STRIP <= width:
-        prefetch_rows(x, stride, n_rows, width, j, ahead)
-        if further:
-            prefetch_rows_far(at(x, j), stride, n_rows, further)
+        prefetch_rows(x, stride, n_rows, width, j, ahead, far)
         sums_strip(at(x, j), stride, n_rows, STRIP, at(pivot, j), at(s1, j), at(s2, j))
         j += STRIP
     if (width - j) & 8:
@@ -312,51 +310,51 @@ def sums_group(x, stride, n_rows, width, ahead, further, pivot, s1, s2):
 
 
 @inline
-def sums_rows_as(x, stride, n_rows, width, ahead, further, pivot, s1, s2):
+def sums_rows_as(x, stride, n_rows, width, ahead, far, pivot, s1, s2):
     done = n_rows // ROWS * ROWS
     for r in range(0, done, ROWS):
-        sums_group(at(x, r * stride), stride, ROWS, width, ahead, further, pivot, s1, s2)
+        sums_group(at(x, r * stride), stride, ROWS, width, ahead, far, pivot, s1, s2)
     if done < n_rows:
-        sums_group(at(x, done * stride), stride, n_rows - done, width, ahead, further, pivot, s1, s2)
+        sums_group(at(x, done * stride), stride, n_rows - done, width, ahead, far, pivot, s1, s2)
 
 
 @helper
-def sums_rows(x, stride, n_rows, width, further, pivot, s1, s2):
+def sums_rows(x, stride, n_rows, width, far, pivot, s1, s2):
     restrict()
-    sums_rows_as(x, stride, n_rows, width, np.int64(COLUMNS_AHEAD), further, pivot, s1, s2)
+    sums_rows_as(x, stride, n_rows, width, np.int64(COLUMNS_AHEAD), far, pivot, s1, s2)
 
 
 @inline
-def sums_run(x, length, width, further, pivot, s1, s2):
+def sums_run(x, length, width, far, pivot, s1, s2):
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     n_rows = length // width
-    sums_rows(x, width, n_rows, width, further, pivot, s1, s2)
+    sums_rows(x, width, n_rows, width, far, pivot, s1, s2)
     if n_rows * width < length:
-        sums_rows(at(x, n_rows * width), width, np.int64(1), length - n_rows * width, further, pivot, s1, s2)
+        sums_rows(at(x, n_rows * width), width, np.int64(1), length - n_rows * width, far, pivot, s1, s2)
 
 
 @helper
-def sums_lanes(x, length, ahead, pivot, s1, s2):
+def sums_lanes(x, length, ahead, far, pivot, s1, s2):
     """The same as rows of LANES."""
     restrict()
-    lanes, one, none = np.int64(LANES), np.int64(1), np.int64(0)  # no literals, lest each have its own strips
+    lanes, one = np.int64(LANES), np.int64(1)  # no literals, lest each have its own strips
     n_rows = length // lanes
-    sums_rows_as(x, lanes, n_rows, lanes, ahead, none, pivot, s1, s2)
-    sums_group(at(x, n_rows * lanes), lanes, one, length - n_rows * lanes, ahead, none, pivot, s1, s2)
+    sums_rows_as(x, lanes, n_rows, lanes, ahead, far, pivot, s1, s2)
+    sums_group(at(x, n_rows * lanes), lanes, one, length - n_rows * lanes, ahead, far, pivot, s1, s2)
 
 
 @inline
-def sums_apart(x, stride, n_rows, width, fold, further, pivot, s1, s2):
+def sums_apart(x, stride, n_rows, width, fold, far, pivot, s1, s2):
     """ROWS wide rows, of `fold` rows each that lie apart (n_rows in all): summed where they lie."""
     for f in range(fold):
         j = f * width
-        sums_rows(at(x, f * stride), fold * stride, n_rows // fold, width, further, at(pivot, j), at(s1, j), at(s2, j))
+        sums_rows(at(x, f * stride), fold * stride, n_rows // fold, width, far, at(pivot, j), at(s1, j), at(s2, j))
 
 
 @inline
 def sums_block(x, stride, n_rows, length, channels, plan, buffer, pivot, s1, s2):
     width = channels * plan.repeat
-    further = rows_ahead(plan, address(at(x, 1)) - address(x))
+    far = is_far(plan, address(at(x, 1)) - address(x))
     for j in range(width * plan.fold):
         s1[j] = 0
         s2[j] = 0
@@ -364,21 +362,21 @@ def sums_block(x, stride, n_rows, length, channels, plan, buffer, pivot, s1, s2)
         for r in range(n_rows):
             for c in range(channels):
                 n = c * LANES
-                sums_lanes(at(x, r * stride + c * plan.inner), length, lead(stride, channels * plan.inner),
+                sums_lanes(at(x, r * stride + c * plan.inner), length, lead(stride, channels * plan.inner, far), far,
                            at(pivot, n), at(s1, n), at(s2, n))
     elif plan.fold == 1:
-        sums_rows(x, stride, n_rows, width, further, pivot, s1, s2)
+        sums_rows(x, stride, n_rows, width, far, pivot, s1, s2)
     elif stride == width:
-        sums_run(x, n_rows * width, plan.fold * width, further, pivot, s1, s2)
+        sums_run(x, n_rows * width, plan.fold * width, far, pivot, s1, s2)
     else:
         step = ROWS * plan.fold
         for r in range(0, n_rows, step):
             n = min(step, n_rows - r)
             if n == step and width >= NARROW:
-                sums_apart(at(x, r * stride), stride, n, width, plan.fold, further, pivot, s1, s2)
+                sums_apart(at(x, r * stride), stride, n, width, plan.fold, far, pivot, s1, s2)
             else:
                 sums_run(gather(at(x, r * stride), stride, n, width, buffer), n * width, plan.fold * width,
-                         np.int64(0), pivot, s1, s2)
+                         np.bool_(False), pivot, s1, s2)
     fold_sums(s1, channels, plan.repeat, plan.fold)
     fold_sums(s2, channels, plan.repeat, plan.fold)
 
@@ -656,7 +654,7 @@ def affine_rest(x, n_columns, coefs, relu, y):
 def affine_strips(x, x_ahead, n_strips, coefs, each, relu, stream, y, y_ahead):
     for _ in range(n_strips):
         rolled()
-        prefetch_strip(at(x, x_ahead))
+        prefetch_strip(at(x, x_ahead), stream)
         if stream:
             affine_strip(x, STRIP, coefs, relu, y, store_past)
         else:
@@ -724,7 +722,7 @@ def affine_task(
     width = channels * plan.repeat
     step = ROWS * plan.fold
     segment = channels * plan.inner if plan.by_inner else width
-    x_ahead, y_ahead = lead(stride, segment), lead(y_stride, segment)
+    x_ahead, y_ahead = lead(stride, segment, stream), lead(y_stride, segment, False)
     stream_rows = stream and (plan.fold == 1 or has_whole_lines(y, y_stride))
     one_run = not plan.by_inner and stride == width and y_stride == width
     coefs = place_coefs(memory, before_line(y if stream else x) if one_run else 0)
@@ -732,8 +730,7 @@ def affine_task(
     spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
     x = at(x, c0 * plan.inner)
     y = at(y, c0 * plan.inner)
-    # Backwards: the end of the chunk, read last by moments_task, is still in the cache.
-    for index in range(min((chunk + 1) * plan.chunk, plan.n_blocks) - 1, chunk * plan.chunk - 1, -1):
+    for index in range(chunk * plan.chunk, min((chunk + 1) * plan.chunk, plan.n_blocks)):
         block = block_within(plan, index, band)
         last = block.row + block.n_rows
         if plan.by_inner:
@@ -742,7 +739,7 @@ def affine_task(
                             coefs, each, relu, stream, at(y, r * y_stride + block.start), plan.inner, y_ahead)
         elif one_run:
             i = block.row * width
-            affine_run(at(x, i), each * AHEAD, block.n_rows * width, plan.fold * width, coefs, relu, stream, at(y, i))
+            affine_run(at(x, i), x_ahead, block.n_rows * width, plan.fold * width, coefs, relu, stream, at(y, i))
         elif width < NARROW and y_stride == width:
             for r in range(block.row, last, step):
                 n = min(step, last - r)
@@ -792,14 +789,11 @@ def grad_sums_strip(
 
 
 @inline
-def grad_sums_group(dy, dy_stride, x, x_stride, n_rows, width, dy_ahead, x_ahead, further, mean, coefs, relu, s1, s2):
+def grad_sums_group(dy, dy_stride, x, x_stride, n_rows, width, dy_ahead, x_ahead, far, mean, coefs, relu, s1, s2):
     j = 0
     while j + STRIP <= width:
-        prefetch_rows(dy, dy_stride, n_rows, width, j, dy_ahead)
-        prefetch_rows(x, x_stride, n_rows, width, j, x_ahead)
-        if further:
-            prefetch_rows_far(at(dy, j), dy_stride, n_rows, further)
-            prefetch_rows_far(at(x, j), x_stride, n_rows, further)
+        prefetch_rows(dy, dy_stride, n_rows, width, j, dy_ahead, far)
+        prefetch_rows(x, x_stride, n_rows, width, j, x_ahead, far)
         grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, STRIP,
                         at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
         j += STRIP
@@ -819,65 +813,65 @@ def grad_sums_group(dy, dy_stride, x, x_stride, n_rows, width, dy_ahead, x_ahead
 
 @inline
 def grad_sums_rows_as(
-    dy, dy_stride, x, x_stride, n_rows, width, dy_ahead, x_ahead, further, mean, coefs, relu, s1, s2,
+    dy, dy_stride, x, x_stride, n_rows, width, dy_ahead, x_ahead, far, mean, coefs, relu, s1, s2,
 ):
     done = n_rows // ROWS * ROWS
     for r in range(0, done, ROWS):
         grad_sums_group(at(dy, r * dy_stride), dy_stride, at(x, r * x_stride), x_stride, ROWS, width,
-                        dy_ahead, x_ahead, further, mean, coefs, relu, s1, s2)
+                        dy_ahead, x_ahead, far, mean, coefs, relu, s1, s2)
     if done < n_rows:
         grad_sums_group(at(dy, done * dy_stride), dy_stride, at(x, done * x_stride), x_stride, n_rows - done, width,
-                        dy_ahead, x_ahead, further, mean, coefs, relu, s1, s2)
+                        dy_ahead, x_ahead, far, mean, coefs, relu, s1, s2)
 
 
 @helper
-def grad_sums_rows(dy, dy_stride, x, x_stride, n_rows, width, further, mean, coefs, relu, s1, s2):
+def grad_sums_rows(dy, dy_stride, x, x_stride, n_rows, width, far, mean, coefs, relu, s1, s2):
     restrict()
     ahead = np.int64(COLUMNS_AHEAD // 2)
     if relu:
-        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, ahead, ahead, further, mean, coefs, True, s1, s2)
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, ahead, ahead, far, mean, coefs, True, s1, s2)
     else:
-        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, ahead, ahead, further, mean, coefs, False, s1, s2)
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, ahead, ahead, far, mean, coefs, False, s1, s2)
 
 
 @inline
-def grad_sums_run(dy, x, length, width, further, mean, coefs, relu, s1, s2):
+def grad_sums_run(dy, x, length, width, far, mean, coefs, relu, s1, s2):
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     n_rows = length // width
     done = n_rows * width
-    grad_sums_rows(dy, width, x, width, n_rows, width, further, mean, coefs, relu, s1, s2)
+    grad_sums_rows(dy, width, x, width, n_rows, width, far, mean, coefs, relu, s1, s2)
     if done < length:
         grad_sums_rows(at(dy, done), width, at(x, done), width, np.int64(1), length - done,
-                       further, mean, coefs, relu, s1, s2)
+                       far, mean, coefs, relu, s1, s2)
 
 
 @inline
-def grad_sums_lanes_as(dy, dy_ahead, x, x_ahead, length, mean, coefs, relu, s1, s2):
-    lanes, one, none = np.int64(LANES), np.int64(1), np.int64(0)
+def grad_sums_lanes_as(dy, dy_ahead, x, x_ahead, length, far, mean, coefs, relu, s1, s2):
+    lanes, one = np.int64(LANES), np.int64(1)
     n_rows = length // lanes
     done = n_rows * lanes
-    grad_sums_rows_as(dy, lanes, x, lanes, n_rows, lanes, dy_ahead, x_ahead, none, mean, coefs, relu, s1, s2)
+    grad_sums_rows_as(dy, lanes, x, lanes, n_rows, lanes, dy_ahead, x_ahead, far, mean, coefs, relu, s1, s2)
     grad_sums_group(at(dy, done), lanes, at(x, done), lanes, one, length - done, dy_ahead, x_ahead,
-                    none, mean, coefs, relu, s1, s2)
+                    far, mean, coefs, relu, s1, s2)
 
 
 @helper
-def grad_sums_lanes(dy, dy_ahead, x, x_ahead, length, mean, coefs, relu, s1, s2):
+def grad_sums_lanes(dy, dy_ahead, x, x_ahead, length, far, mean, coefs, relu, s1, s2):
     """The same as rows of LANES."""
     restrict()
     if relu:
-        grad_sums_lanes_as(dy, dy_ahead, x, x_ahead, length, mean, coefs, True, s1, s2)
+        grad_sums_lanes_as(dy, dy_ahead, x, x_ahead, length, far, mean, coefs, True, s1, s2)
     else:
-        grad_sums_lanes_as(dy, dy_ahead, x, x_ahead, length, mean, coefs, False, s1, s2)
+        grad_sums_lanes_as(dy, dy_ahead, x, x_ahead, length, far, mean, coefs, False, s1, s2)
 
 
 @inline
-def grad_sums_apart(dy, dy_stride, x, x_stride, n_rows, width, fold, further, mean, coefs, relu, s1, s2):
+def grad_sums_apart(dy, dy_stride, x, x_stride, n_rows, width, fold, far, mean, coefs, relu, s1, s2):
     """ROWS wide rows, of `fold` rows each that lie apart (n_rows in all): summed where they lie."""
     for f in range(fold):
         j = f * width
         grad_sums_rows(at(dy, f * dy_stride), fold * dy_stride, at(x, f * x_stride), fold * x_stride, n_rows // fold,
-                       width, further, at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
+                       width, far, at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
 
 
 @inline
@@ -900,7 +894,7 @@ def grad_moments_task(
     width = channels * plan.repeat
     wide = plan.fold * width
     step = ROWS * plan.fold
-    further = rows_ahead(plan, 2 * (address(at(x, 1)) - address(x)))
+    far = is_far(plan, 2 * (address(at(x, 1)) - address(x)))
     spread_rows(channel_mean, 1, plan, c0, channels, mean)
     spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
     dy = at(dy, c0 * plan.inner)
@@ -921,25 +915,25 @@ def grad_moments_task(
                 for c in range(channels):
                     i = c * plan.inner + block.start
                     n = c * LANES
-                    grad_sums_lanes(at(dy, r * dy_stride + i), lead(dy_stride, channels * plan.inner),
-                                    at(x, r * x_stride + i), lead(x_stride, channels * plan.inner), block.length,
-                                    at(mean, n), at(coefs, n), relu, at(s1, n), at(s2, n))
+                    grad_sums_lanes(at(dy, r * dy_stride + i), lead(dy_stride, channels * plan.inner, far),
+                                    at(x, r * x_stride + i), lead(x_stride, channels * plan.inner, far), block.length,
+                                    far, at(mean, n), at(coefs, n), relu, at(s1, n), at(s2, n))
         elif plan.fold == 1:
             grad_sums_rows(at(dy, block.row * dy_stride), dy_stride, at(x, block.row * x_stride), x_stride,
-                           block.n_rows, width, further, mean, coefs, relu, s1, s2)
+                           block.n_rows, width, far, mean, coefs, relu, s1, s2)
         elif dy_stride == width and x_stride == width:
             i = block.row * width
-            grad_sums_run(at(dy, i), at(x, i), block.n_rows * width, wide, further, mean, coefs, relu, s1, s2)
+            grad_sums_run(at(dy, i), at(x, i), block.n_rows * width, wide, far, mean, coefs, relu, s1, s2)
         else:
             for r in range(block.row, last, step):
                 n = min(step, last - r)
                 if n == step and width >= NARROW:
                     grad_sums_apart(at(dy, r * dy_stride), dy_stride, at(x, r * x_stride), x_stride, n, width,
-                                    plan.fold, further, mean, coefs, relu, s1, s2)
+                                    plan.fold, far, mean, coefs, relu, s1, s2)
                 else:
                     grad_sums_run(gather(at(dy, r * dy_stride), dy_stride, n, width, dy_buffer),
                                   gather(at(x, r * x_stride), x_stride, n, width, x_buffer),
-                                  n * width, wide, np.int64(0), mean, coefs, relu, s1, s2)
+                                  n * width, wide, np.bool_(False), mean, coefs, relu, s1, s2)
         fold_sums(s1, channels, plan.repeat, plan.fold)
         fold_sums(s2, channels, plan.repeat, plan.fold)
         for c in range(channels):
@@ -999,8 +993,8 @@ def grad_affine_rest(dy, x, n_columns, coefs, relu, training, grad_x):
 def grad_affine_strips(dy, dy_ahead, x, x_ahead, n_strips, coefs, each, relu, training, stream, grad_x, grad_x_ahead):
     for _ in range(n_strips):
         rolled()
-        prefetch_strip(at(dy, dy_ahead))
-        prefetch_strip(at(x, x_ahead))
+        prefetch_strip(at(dy, dy_ahead), stream)
+        prefetch_strip(at(x, x_ahead), stream)
         if stream:
             grad_affine_strip(dy, x, STRIP, coefs, relu, training, grad_x, store_past)
         else:
@@ -1079,7 +1073,8 @@ def grad_affine_task(
     width = channels * plan.repeat
     step = ROWS * plan.fold
     segment = channels * plan.inner if plan.by_inner else width
-    dy_ahead, x_ahead, grad_x_ahead = lead(dy_stride, segment), lead(x_stride, segment), lead(grad_x_stride, segment)
+    dy_ahead, x_ahead = lead(dy_stride, segment, stream), lead(x_stride, segment, stream)
+    grad_x_ahead = lead(grad_x_stride, segment, False)
     stream_rows = stream and (plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride))
     one_run = not plan.by_inner and dy_stride == width and x_stride == width and grad_x_stride == width
     coefs = place_coefs(memory, before_line(grad_x if stream else x) if one_run else 0)
@@ -1089,7 +1084,7 @@ def grad_affine_task(
     dy = at(dy, c0 * plan.inner)
     x = at(x, c0 * plan.inner)
     grad_x = at(grad_x, c0 * plan.inner)
-    for index in range(min((chunk + 1) * plan.chunk, plan.n_blocks) - 1, chunk * plan.chunk - 1, -1):
+    for index in range(chunk * plan.chunk, min((chunk + 1) * plan.chunk, plan.n_blocks)):
         block = block_within(plan, index, band)
         last = block.row + block.n_rows
         if plan.by_inner:
@@ -1100,7 +1095,7 @@ def grad_affine_task(
                                  at(grad_x, r * grad_x_stride + block.start), plan.inner, grad_x_ahead)
         elif one_run:
             i = block.row * width
-            grad_affine_run(at(dy, i), each * AHEAD, at(x, i), each * AHEAD, block.n_rows * width, plan.fold * width,
+            grad_affine_run(at(dy, i), dy_ahead, at(x, i), x_ahead, block.n_rows * width, plan.fold * width,
                             coefs, relu, training, stream, at(grad_x, i))
         elif width < NARROW and grad_x_stride == width:
             for r in range(block.row, last, step):
@@ -1189,6 +1184,7 @@ def affine_worker(part, job):
     part = loaded(part)
     x, stride, plan, coefs, relu, stream, y, y_stride = loaded(job)
     band = band_of(plan, part)
+    # Backwards: what moments_worker read last is still in the cache.
     for task in range(band.last - 1, band.first - 1, -1):
         affine_task(x, stride, plan, band, task // part.n_tiles, part.tile + task % part.n_tiles, coefs, relu, stream,
                     y, y_stride)
