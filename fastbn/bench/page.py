@@ -18,7 +18,8 @@ there are up to 9 in a round. A figure is the median of all of them, in millisec
 above 1, fastbn is faster. `fastbn` stands for its first backend of the table. Sizes and GB are decimal.
 
 The roofline is what the operation must move at the least, as bare passes over the same arrays in the same process as
-fastbn, on the same threads (`fastbn/bench/passes.pyx`: loads fetched ahead, and from 16 MiB on stores past the caches).
+fastbn, on the same threads (`fastbn/bench/passes.pyx`: large arrays fetched ahead, and where inputs and output are 20
+MiB or more, stores past the caches).
 Training forward: read x, copy x to out. Backward: read both inputs, then a two-input one-output pass. Inference: the
 copy. Moments: the read. Without `out=` each output lives until the next one is there, so the bare passes, too, write to
 two arrays in turn (6 MB in L3: a third longer than into one). GB/s counts the bytes of these passes for every side

@@ -15,8 +15,8 @@ cdef extern from "machine.h" nogil:
     void stream_line(void* target, const void* source)
     void stream_end()
 
-# A line is four vectors, at any address. As a structure it went by way of the stack: 4 MB, in the third cache, took three
-# times as long to read on a Zen 4.
+# A line is four vectors, at any address. As a structure it went by way of the stack: 4 MB, in L3, took three times as
+# long to read.
 cdef extern from *:
     """
     #if defined(__GNUC__)
@@ -36,9 +36,10 @@ cdef extern from *:
 cdef enum:
     PIECE = 1024          # lines
     ROWS = 128            # that lie apart, dealt to a thread at once
-    AHEAD = 64            # lines fetched ahead of large arrays; of small ones none, which is faster in a cache
+    AHEAD = 64            # lines fetched ahead of large inputs; of small ones none, which is faster in a cache
     FAR_AHEAD = 2 * AHEAD  # into L2, of two inputs: 262144x256 on Zen 4 10 % faster; reads and copies are not
-    STREAM_BYTES = 1 << 24  # outputs from here on bypass the caches, as the kernels' do
+    LARGE_BYTES = 1 << 24
+    STREAM_BYTES = 20 << 20  # of inputs and output: from here on the output bypasses the caches, as the kernels' does
 
 
 cdef uint64_t read_lines(const Line* x, Py_ssize_t n, Py_ssize_t ahead) noexcept nogil:
@@ -153,7 +154,7 @@ cdef Py_ssize_t rows_ahead(const unsigned char[:, :] x):
 
 def read(const unsigned char[::1] x, int threads):
     """Load x, but for a part of a line at its end; the exclusive or of its words."""
-    cdef Py_ssize_t piece, n = x.shape[0] // sizeof(Line), ahead = AHEAD if x.shape[0] >= STREAM_BYTES else 0
+    cdef Py_ssize_t piece, n = x.shape[0] // sizeof(Line), ahead = AHEAD if x.shape[0] >= LARGE_BYTES else 0
     cdef const Line* lines = <const Line*>&x[0]
     cdef uint64_t total = 0
     for piece in prange((n + PIECE - 1) // PIECE, nogil=True, num_threads=threads, schedule="static"):
@@ -167,7 +168,7 @@ def copy(const unsigned char[::1] x, unsigned char[::1] out, int threads):
     cdef Py_ssize_t done = skip + n * <Py_ssize_t>sizeof(Line)
     cdef const Line* source = <const Line*>(&x[0] + skip)
     cdef Line* target = <Line*>(&out[0] + skip)
-    cdef bint stream = out.shape[0] >= STREAM_BYTES
+    cdef bint stream = 2 * out.shape[0] >= STREAM_BYTES
     for piece in prange((n + PIECE - 1) // PIECE, nogil=True, num_threads=threads, schedule="static"):
         copy_lines(source + piece * PIECE, target + piece * PIECE, min(PIECE, n - piece * PIECE), AHEAD, stream)
         if stream:
@@ -188,7 +189,7 @@ def read_rows(const unsigned char[:, :] x, int threads):
 def copy_rows(const unsigned char[:, :] x, unsigned char[::1] out, int threads):
     """Copy the rows of x, of a line or more, to out, where they lie one behind the other."""
     cdef Py_ssize_t piece, n = x.shape[0], width = x.shape[1], ahead = rows_ahead(x)
-    cdef bint stream = out.shape[0] >= STREAM_BYTES
+    cdef bint stream = 2 * out.shape[0] >= STREAM_BYTES
     if out.shape[0] != n * width:
         raise ValueError(f"expected an out of {n * width} bytes, got {out.shape[0]}")
     for piece in prange((n + ROWS - 1) // ROWS, nogil=True, num_threads=threads, schedule="static"):
@@ -202,7 +203,7 @@ def combine(const unsigned char[::1] a, const unsigned char[::1] b, unsigned cha
     cdef const Line* left = <const Line*>(&a[0] + skip)
     cdef const Line* right = <const Line*>(&b[0] + skip)
     cdef Line* target = <Line*>(&out[0] + skip)
-    cdef bint stream = out.shape[0] >= STREAM_BYTES
+    cdef bint stream = 3 * out.shape[0] >= STREAM_BYTES
     for piece in prange((n + PIECE - 1) // PIECE, nogil=True, num_threads=threads, schedule="static"):
         combine_lines(left + piece * PIECE, right + piece * PIECE, target + piece * PIECE,
                       min(PIECE, n - piece * PIECE), stream)

@@ -30,7 +30,8 @@ cdef double* scratch(const Plan* plan, Py_ssize_t rows_per_chunk) except NULL:
 
 
 cdef inline bint streams(const Plan* plan, Py_ssize_t itemsize, bint in_place) noexcept nogil:
-    """Whether the output is to bypass the caches: too large to stay, and not the input (whose lines are there)."""
+    """Whether the output is to bypass the caches: with the inputs (itemsize is the sum) it would not fit, and it is not
+    the input, whose lines are there."""
     return not in_place and plan.outer * plan.channels * plan.inner * itemsize >= STREAM_BYTES
 
 
@@ -51,7 +52,7 @@ cdef int launch_affine(
     floating* y, Py_ssize_t y_stride, int num_threads,
 ) except -1:
     cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
-    cdef bint stream = streams(&plan, sizeof(floating), x == y)
+    cdef bint stream = streams(&plan, 2 * sizeof(floating), x == y)
     with nogil, parallel(num_threads=team):
         affine_worker(x, stride, &plan, coefs, relu, stream, y, y_stride)
     team_give(team)
@@ -64,7 +65,7 @@ cdef int launch_batch_norm(
 ) except -1:
     cdef double* partial = scratch(&plan, 3)
     cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
-    cdef bint stream = streams(&plan, sizeof(floating), x == y)
+    cdef bint stream = streams(&plan, 2 * sizeof(floating), x == y)
     with nogil, parallel(num_threads=team):
         batch_norm_worker(x, stride, &plan, gamma, beta, eps, relu, stream, partial, stats, coefs, y, y_stride)
     team_give(team)
@@ -78,7 +79,7 @@ cdef int launch_inference(
     floating* y, Py_ssize_t y_stride, int num_threads,
 ) except -1:
     cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
-    cdef bint stream = streams(&plan, sizeof(floating), x == y)
+    cdef bint stream = streams(&plan, 2 * sizeof(floating), x == y)
     with nogil, parallel(num_threads=team):
         inference_worker(x, stride, &plan, mean, var, gamma, beta, eps, relu, stream, stats, coefs, y, y_stride)
     team_give(team)
@@ -107,7 +108,7 @@ cdef int launch_grad_affine(
     floating* grad_x, Py_ssize_t grad_x_stride, int num_threads,
 ) except -1:
     cdef int team = team_take(team_wanted(&plan, 2 * sizeof(floating), num_threads))
-    cdef bint stream = streams(&plan, sizeof(floating), dy == grad_x)
+    cdef bint stream = streams(&plan, 3 * sizeof(floating), dy == grad_x)
     with nogil, parallel(num_threads=team):
         grad_affine_worker(dy, dy_stride, x, x_stride, &plan, coefs, linear, relu, True, stream, grad_x, grad_x_stride)
     team_give(team)
@@ -123,7 +124,7 @@ cdef int launch_batch_norm_backward(
     cdef double* sum_dy_xmu = sum_dy + plan.n_chunks * plan.channels
     cdef floating* linear = <floating*>(sum_dy_xmu + plan.n_chunks * plan.channels)
     cdef int team = team_take(team_wanted(&plan, 2 * sizeof(floating), num_threads))
-    cdef bint stream = streams(&plan, sizeof(floating), dy == grad_x)
+    cdef bint stream = streams(&plan, 3 * sizeof(floating), dy == grad_x)
     with nogil, parallel(num_threads=team):
         batch_norm_backward_worker(dy, dy_stride, x, x_stride, &plan, stats, coefs, relu, training, stream,
                                    sum_dy, sum_dy_xmu, linear, grads, grad_x, grad_x_stride)

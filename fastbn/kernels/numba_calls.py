@@ -111,9 +111,10 @@ def same(x, y):
 
 
 @helper
-def streams(out, in_place):
-    """Whether the output is to bypass the caches: too large to stay, and not the input (whose lines are there)."""
-    return not in_place and out.size * out.itemsize >= STREAM_BYTES
+def streams(out, n_arrays, in_place):
+    """Whether the output is to bypass the caches: with the inputs it would not fit, and it is not the input, whose
+    lines are there."""
+    return not in_place and n_arrays * out.size * out.itemsize >= STREAM_BYTES
 
 
 @helper
@@ -144,7 +145,7 @@ def normalize_stage(worker, plan, mean, rest, has_rest, m2, n, gamma, beta, eps,
 @splice
 def affine_stage(worker, x, plan, coefs, relu, out):
     return worker, stored((
-        data(x), stride_of(x), plan, data(coefs), relu, streams(out, same(out, x)), data(out), stride_of(out))), 1
+        data(x), stride_of(x), plan, data(coefs), relu, streams(out, 2, same(out, x)), data(out), stride_of(out))), 1
 
 
 @splice
@@ -172,7 +173,7 @@ def gradient_stage(worker, plan, chunks, stats, coefs, training, linear, grads):
 def grad_affine_stage(worker, dy, x, plan, coefs, linear, relu, training, out):
     return worker, stored((
         data(dy), stride_of(dy), data(x), stride_of(x), plan, data(coefs), linear, relu, training,
-        streams(out, same(out, dy)), data(out), stride_of(out))), 1
+        streams(out, 3, same(out, dy)), data(out), stride_of(out))), 1
 
 
 def run_moments(moments, merge, x, mean, rest, m2, num_threads):

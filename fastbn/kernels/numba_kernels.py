@@ -49,7 +49,8 @@ PIVOT_SHARE = 32       # the pivot is the mean of a block's first values, one in
 MAX_CHUNKS = 64        # partial results a channel, at most; so also the threads that can share a column
 SERIAL_BYTES = 65536   # a thread's fair share: below it, waking the thread costs more than it saves
 NARROW = 32            # rows apart of fewer columns are first copied together (20 columns: 20 % less time)
-STREAM_BYTES = 1 << 24  # outputs from here on bypass the caches
+FAR_BYTES = 1 << 24    # inputs from here on are fetched from further ahead: they will not be in a cache
+STREAM_BYTES = 20 << 20  # of inputs and output together: from here on the output bypasses the caches
 COLUMNS_AHEAD = 128    # columns that the sums fetch ahead, or half so many of each of two arrays
 ROWS_AHEAD = 2 * ROWS  # wide rows that they fetch ahead into L2
 AHEAD = 512            # elements that runs and the elementwise passes fetch ahead
@@ -195,8 +196,8 @@ def fold_sums(wide, channels, repeat, fold):
 
 @helper
 def is_far(plan, itemsize):
-    """Whether the data will not be in a cache: it is then fetched from further ahead, into the second one."""
-    return plan.outer * plan.channels * plan.inner * itemsize >= STREAM_BYTES
+    """Whether inputs of so many bytes an element will not be in a cache."""
+    return plan.outer * plan.channels * plan.inner * itemsize >= FAR_BYTES
 
 
 @helper
