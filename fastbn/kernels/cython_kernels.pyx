@@ -29,6 +29,8 @@ ctypedef fused floating:
 
 cdef enum:
     ROWS = 8              # wide rows a step: accumulators are loaded and stored once for eight rows
+    GRAD_ROWS = 4         # and a step of two arrays, whose rows share the few places that a set of L1 has: eight of each
+    # took the sums of 256x512 5 % longer, of 4096x1024 twice as long (their rows lie 4 KiB apart), of float64 1.5 times.
     STRIP = 16            # columns a step: a constant, so that the compiler unrolls and vectorises the strip
     TILE = 512            # columns whose accumulators a task keeps on its stack (12 KiB of L1)
     LANES = STRIP         # accumulators a channel where the inner axis is swept: one strip
@@ -52,6 +54,9 @@ cdef enum:
     STREAM_BYTES = 20 << 20  # of inputs and output together: from here on the output bypasses the caches. On Zen 4,
     # 32 MiB of L3: 64x64x28x28 forward and backward 0.6 of the time, 4096x512 backward 0.7; 2000x1000 forward 1.1.
     LINE = 64             # bytes of a cache line; a strip is one, or two of float64
+    # A tile's sums lie in one array, so far apart that a sum just stored and what is loaded next are not in the same
+    # place of two pages: 4 KiB apart, the sums of the backward took up to 1.4 times as long, by where the stack was.
+    SUMS_PITCH = TILE + 128
     # Where a tile's coefficients lie in its one array, so that a strip takes one pointer for all of them. Behind those
     # of a wide row lie those of the next one's first strip, so that a strip may run over the end of a row.
     PITCH = TILE + STRIP
@@ -194,6 +199,16 @@ cdef inline void fold_sums(double* wide, Py_ssize_t channels, Py_ssize_t repeat,
             for i in range(repeat):
                 total += wide[c * repeat + i]
             wide[c] = total
+
+
+cdef inline Py_ssize_t before_line(const floating* y) noexcept nogil:
+    """How many elements lie before the first whole cache line."""
+    return <Py_ssize_t>(-<uintptr_t>y % LINE // sizeof(floating))
+
+
+cdef inline floating* first_line(floating* memory) noexcept nogil:
+    """Where to put what is read in vectors: a task's stack begins anywhere in a line (moments: 2 to 10 % longer)."""
+    return memory + before_line(memory)
 
 
 cdef inline bint is_far(const Plan* plan, Py_ssize_t itemsize) noexcept nogil:
@@ -465,9 +480,10 @@ cdef void moments_task(
     double* m2,                # OUT
 ) noexcept nogil:
     cdef floating buffer[ROWS * TILE]
-    cdef double pivot[TILE]
-    cdef double s1[TILE]
-    cdef double s2[TILE]
+    cdef double memory[3 * SUMS_PITCH + STRIP]
+    cdef double* pivot = first_line(memory)
+    cdef double* s1 = pivot + SUMS_PITCH
+    cdef double* s2 = s1 + SUMS_PITCH
     cdef double mean_b[TILE]
     cdef Py_ssize_t c, index, c0 = tile * plan.tile
     cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
@@ -631,15 +647,10 @@ cdef inline void put_strip(floating* y, const floating* strip, Py_ssize_t n_colu
             y[j] = strip[j]
 
 
-cdef inline Py_ssize_t before_line(const floating* y) noexcept nogil:
-    """How many elements lie before the first whole cache line."""
-    return <Py_ssize_t>(-<uintptr_t>y % LINE // sizeof(floating))
-
-
 cdef inline floating* place_coefs(floating* memory, Py_ssize_t skip) noexcept nogil:
     """Where to put coefficients so that those behind the first `skip` columns begin with a line. NumPy's arrays begin
     anywhere in one: strips that cross lines took the passes 5 to 13 % longer in L2; of coefficients, even more."""
-    return memory + before_line(memory) + (STRIP - skip) % STRIP
+    return first_line(memory) + (STRIP - skip) % STRIP
 
 
 cdef inline Py_ssize_t begin_stream(const floating* y, Py_ssize_t length, Py_ssize_t ahead) noexcept nogil:
@@ -885,16 +896,16 @@ cdef inline void grad_sums_group(
 
 cdef inline void grad_sums_rows_as(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
-    Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t dy_ahead, Py_ssize_t x_ahead, bint far,
+    Py_ssize_t n_rows, Py_ssize_t step, Py_ssize_t width, Py_ssize_t dy_ahead, Py_ssize_t x_ahead, bint far,
     const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t _i
-    for _i in range(n_rows // ROWS):
-        grad_sums_group(dy, dy_stride, x, x_stride, ROWS, width, dy_ahead, x_ahead, far,
+    for _i in range(n_rows // step):
+        grad_sums_group(dy, dy_stride, x, x_stride, step, width, dy_ahead, x_ahead, far,
                         mean, coefs, relu, s1, s2)
-        dy += ROWS * dy_stride
-        x += ROWS * x_stride
-    if n_rows & 4:
+        dy += step * dy_stride
+        x += step * x_stride
+    if n_rows % step & 4:
         grad_sums_group(dy, dy_stride, x, x_stride, 4, width, dy_ahead, x_ahead, far,
                         mean, coefs, relu, s1, s2)
         dy += 4 * dy_stride
@@ -917,9 +928,11 @@ cdef void grad_sums_rows(
     # A literal in each branch: a flag tested inside the strip would keep it from being vectorised.
     cdef Py_ssize_t ahead = COLUMNS_AHEAD // 2
     if relu:
-        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, ahead, ahead, far, mean, coefs, True, s1, s2)
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, GRAD_ROWS, width, ahead, ahead, far, mean, coefs,
+                          True, s1, s2)
     else:
-        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, ahead, ahead, far, mean, coefs, False, s1, s2)
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, GRAD_ROWS, width, ahead, ahead, far, mean, coefs,
+                          False, s1, s2)
 
 
 cdef void grad_sums_run(
@@ -940,13 +953,13 @@ cdef void grad_sums_lanes(
     """The same as rows of LANES."""
     cdef Py_ssize_t n_rows = length // LANES, done = n_rows * LANES
     if relu and far:
-        grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, dy_ahead, x_ahead, True, mean, coefs, True, s1, s2)
+        grad_sums_rows_as(dy, LANES, x, LANES, n_rows, ROWS, LANES, dy_ahead, x_ahead, True, mean, coefs, True, s1, s2)
     elif relu:
-        grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, dy_ahead, x_ahead, False, mean, coefs, True, s1, s2)
+        grad_sums_rows_as(dy, LANES, x, LANES, n_rows, ROWS, LANES, dy_ahead, x_ahead, False, mean, coefs, True, s1, s2)
     elif far:
-        grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, dy_ahead, x_ahead, True, mean, coefs, False, s1, s2)
+        grad_sums_rows_as(dy, LANES, x, LANES, n_rows, ROWS, LANES, dy_ahead, x_ahead, True, mean, coefs, False, s1, s2)
     else:
-        grad_sums_rows_as(dy, LANES, x, LANES, n_rows, LANES, dy_ahead, x_ahead, False, mean, coefs, False, s1, s2)
+        grad_sums_rows_as(dy, LANES, x, LANES, n_rows, ROWS, LANES, dy_ahead, x_ahead, False, mean, coefs, False, s1, s2)
     if done < length:
         grad_sums_rows(dy + done, LANES, x + done, LANES, 1, length - done, far, mean, coefs, relu, s1, s2)
 
@@ -974,10 +987,12 @@ cdef void grad_moments_task(
 ) noexcept nogil:
     cdef floating dy_buffer[ROWS * TILE]
     cdef floating x_buffer[ROWS * TILE]
-    cdef floating coefs[3 * PITCH]
-    cdef double mean[PITCH]
-    cdef double s1[TILE]
-    cdef double s2[TILE]
+    cdef floating coefs_memory[3 * PITCH + STRIP]
+    cdef floating* coefs = first_line(coefs_memory)
+    cdef double memory[3 * SUMS_PITCH + STRIP]
+    cdef double* mean = first_line(memory)
+    cdef double* s1 = mean + SUMS_PITCH
+    cdef double* s2 = s1 + SUMS_PITCH
     cdef Py_ssize_t c0 = tile * plan.tile
     cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
     cdef Py_ssize_t width = channels * plan.repeat, wide = plan.fold * width, step = ROWS * plan.fold

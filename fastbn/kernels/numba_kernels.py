@@ -37,6 +37,7 @@ from fastbn.kernels.numba_machine import (
 )
 
 ROWS = 8               # wide rows a step: accumulators are loaded and stored once for eight rows
+GRAD_ROWS = 4          # and a step of two arrays, whose rows share the few places that a set of L1 has
 STRIP = 16             # columns a step: a literal, the size of the strip's vectors
 TILE = 512             # columns whose accumulators a task keeps on its stack (12 KiB of L1)
 LANES = STRIP          # accumulators a channel where the inner axis is swept: one strip
@@ -57,6 +58,8 @@ AHEAD = 512            # elements that runs and the elementwise passes fetch ahe
 FAR_AHEAD = 2048       # and where the data will not be in a cache, into L2 instead
 SERIAL_MERGES = 32768  # below so many partial results one thread merges them: starting the team takes longer
 BUFFER = ROWS * TILE   # elements of a task's buffers
+SUMS_PITCH = TILE + 128  # from one of a tile's sums to the next: 4 KiB apart, stores would hold up loads
+SUMS = 3 * SUMS_PITCH
 # Where a tile's coefficients lie in its one array, so that a strip takes one pointer for all of them. Behind those of a
 # wide row lie those of the next one's first strip, so that a strip may run over the end of a row.
 PITCH = TILE + STRIP
@@ -419,9 +422,8 @@ def moments_task(
     m2,         # OUT
 ):
     buffer = local(BUFFER, x)
-    pivot = local(TILE, 0.0)
-    s1 = local(TILE, 0.0)
-    s2 = local(TILE, 0.0)
+    pivot = local(SUMS, 0.0)
+    s1, s2 = at(pivot, SUMS_PITCH), at(pivot, 2 * SUMS_PITCH)
     mean_b = local(TILE, 0.0)
     c0 = tile * plan.tile
     channels = min(plan.tile, plan.channels - c0)
@@ -814,11 +816,11 @@ def grad_sums_group(dy, dy_stride, x, x_stride, n_rows, width, dy_ahead, x_ahead
 
 @inline
 def grad_sums_rows_as(
-    dy, dy_stride, x, x_stride, n_rows, width, dy_ahead, x_ahead, far, mean, coefs, relu, s1, s2,
+    dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, far, mean, coefs, relu, s1, s2,
 ):
-    done = n_rows // ROWS * ROWS
-    for r in range(0, done, ROWS):
-        grad_sums_group(at(dy, r * dy_stride), dy_stride, at(x, r * x_stride), x_stride, ROWS, width,
+    done = n_rows // step * step
+    for r in range(0, done, step):
+        grad_sums_group(at(dy, r * dy_stride), dy_stride, at(x, r * x_stride), x_stride, step, width,
                         dy_ahead, x_ahead, far, mean, coefs, relu, s1, s2)
     if done < n_rows:
         grad_sums_group(at(dy, done * dy_stride), dy_stride, at(x, done * x_stride), x_stride, n_rows - done, width,
@@ -830,9 +832,11 @@ def grad_sums_rows(dy, dy_stride, x, x_stride, n_rows, width, far, mean, coefs, 
     restrict()
     ahead = np.int64(COLUMNS_AHEAD // 2)
     if relu:
-        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, ahead, ahead, far, mean, coefs, True, s1, s2)
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, GRAD_ROWS, width, ahead, ahead, far,
+                          mean, coefs, True, s1, s2)
     else:
-        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, width, ahead, ahead, far, mean, coefs, False, s1, s2)
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, GRAD_ROWS, width, ahead, ahead, far,
+                          mean, coefs, False, s1, s2)
 
 
 @inline
@@ -851,7 +855,7 @@ def grad_sums_lanes_as(dy, dy_ahead, x, x_ahead, length, far, mean, coefs, relu,
     lanes, one = np.int64(LANES), np.int64(1)
     n_rows = length // lanes
     done = n_rows * lanes
-    grad_sums_rows_as(dy, lanes, x, lanes, n_rows, lanes, dy_ahead, x_ahead, far, mean, coefs, relu, s1, s2)
+    grad_sums_rows_as(dy, lanes, x, lanes, n_rows, ROWS, lanes, dy_ahead, x_ahead, far, mean, coefs, relu, s1, s2)
     grad_sums_group(at(dy, done), lanes, at(x, done), lanes, one, length - done, dy_ahead, x_ahead,
                     far, mean, coefs, relu, s1, s2)
 
@@ -887,9 +891,8 @@ def grad_moments_task(
     dy_buffer = local(BUFFER, x)
     x_buffer = local(BUFFER, x)
     coefs = local(COEFS, x)
-    mean = local(PITCH, 0.0)
-    s1 = local(TILE, 0.0)
-    s2 = local(TILE, 0.0)
+    mean = local(SUMS, 0.0)
+    s1, s2 = at(mean, SUMS_PITCH), at(mean, 2 * SUMS_PITCH)
     c0 = tile * plan.tile
     channels = min(plan.tile, plan.channels - c0)
     width = channels * plan.repeat
