@@ -120,6 +120,15 @@ static inline void load_doubles(double *row, const double *x, ptrdiff_t n) {
         row[j] = x[j];
 }
 
+/* 1, which the compiler does not know: x * hidden_one() + y is a fused multiply-add, in the bits of the addition. */
+static inline double hidden_one(void) {
+    double one = 1;
+#if defined(__FMA__) && defined(__GNUC__)
+    __asm__("" : "+x"(one));
+#endif
+    return one;
+}
+
 /* Copies the 64 bytes of a cache line past the caches to target, which is aligned to them. */
 static inline void stream_line(void *target, const void *source) {
 #if defined(__AVX512F__)
