@@ -604,6 +604,12 @@ def has_whole_lines(y, stride):
 
 
 @helper
+def on_lines(x, stride, length):
+    """Whether the strips of such rows begin with a line: where all begin at the same place of one, and are not short."""
+    return length >= 8 * STRIP and before_line(x) == before_line(at(x, stride))
+
+
+@helper
 def next_column(j, n_columns, width):
     """The column n_columns behind column j in rows of `width` that lie one behind the other."""
     j += n_columns
@@ -706,6 +712,31 @@ def affine_runs(
 
 
 @inline
+def affine_rows_as(x, stride, x_ahead, n_rows, width, coefs, relu, y, y_stride, y_ahead):
+    begin = before_line(x) if on_lines(x, stride, width) else 0
+    n_strips = (width - begin) // STRIP
+    end = begin + n_strips * STRIP
+    one = np.int64(1)
+    for row in range(n_rows):
+        x_row, y_row = at(x, row * stride), at(y, row * y_stride)
+        if begin:
+            affine_rest(x_row, begin, coefs, relu, y_row)
+        affine_strips(at(x_row, begin), x_ahead, n_strips, at(coefs, begin), one, relu, False, at(y_row, begin), y_ahead)
+        if end < width:
+            affine_rest(at(x_row, end), width - end, at(coefs, end), relu, at(y_row, end))
+
+
+@helper
+def affine_rows(x, stride, x_ahead, n_rows, width, coefs, relu, y, y_stride, y_ahead):
+    """Rows that lie apart, through the caches."""
+    outline()
+    if relu:
+        affine_rows_as(x, stride, x_ahead, n_rows, width, coefs, True, y, y_stride, y_ahead)
+    else:
+        affine_rows_as(x, stride, x_ahead, n_rows, width, coefs, False, y, y_stride, y_ahead)
+
+
+@inline
 def affine_run(x, x_ahead, length, width, coefs, relu, stream, y):
     one = np.int64(1)  # no literal: each would have a version of the loops of its own
     affine_runs(x, one, x_ahead, one, length, width, coefs, one, relu, stream, y, one, one * AHEAD)
@@ -728,7 +759,8 @@ def affine_task(
     x_ahead, y_ahead = lead(stride, segment, stream), lead(y_stride, segment, False)
     stream_rows = stream and (plan.fold == 1 or has_whole_lines(y, y_stride))
     one_run = not plan.by_inner and stride == width and y_stride == width
-    coefs = place_coefs(memory, before_line(y if stream else x) if one_run else 0)
+    aligned = one_run or (on_lines(y, y_stride, width) if stream else on_lines(x, stride, width))
+    coefs = place_coefs(memory, before_line(y if stream else x) if aligned else 0)
     each = 0 if plan.by_inner else 1
     spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
     x = at(x, c0 * plan.inner)
@@ -748,9 +780,12 @@ def affine_task(
                 n = min(step, last - r)
                 affine_run(gather(at(x, r * stride), stride, n, width, x_buffer), np.int64(0), n * width,
                            plan.fold * width, coefs, relu, stream, at(y, r * width))
-        else:
+        elif stream_rows:
             affine_runs(at(x, block.row * stride), stride, x_ahead, block.n_rows, width, width, coefs, each,
                         relu, stream_rows, at(y, block.row * y_stride), y_stride, y_ahead)
+        else:
+            affine_rows(at(x, block.row * stride), stride, x_ahead, block.n_rows, width, coefs, relu,
+                        at(y, block.row * y_stride), y_stride, y_ahead)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1055,6 +1090,41 @@ def grad_affine_runs(
 
 
 @inline
+def grad_affine_rows_as(
+    dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_rows, width, coefs, relu, training,
+    grad_x, grad_x_stride, grad_x_ahead,
+):
+    begin = before_line(x) if on_lines(x, x_stride, width) else 0
+    n_strips = (width - begin) // STRIP
+    end = begin + n_strips * STRIP
+    one = np.int64(1)
+    for row in range(n_rows):
+        dy_row, x_row, grad_x_row = at(dy, row * dy_stride), at(x, row * x_stride), at(grad_x, row * grad_x_stride)
+        if begin:
+            grad_affine_rest(dy_row, x_row, begin, coefs, relu, training, grad_x_row)
+        grad_affine_strips(at(dy_row, begin), dy_ahead, at(x_row, begin), x_ahead, n_strips, at(coefs, begin), one,
+                           relu, training, False, at(grad_x_row, begin), grad_x_ahead)
+        if end < width:
+            grad_affine_rest(at(dy_row, end), at(x_row, end), width - end, at(coefs, end), relu, training,
+                             at(grad_x_row, end))
+
+
+@helper
+def grad_affine_rows(
+    dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_rows, width, coefs, relu, training,
+    grad_x, grad_x_stride, grad_x_ahead,
+):
+    """Rows that lie apart, through the caches."""
+    outline()
+    if relu:
+        grad_affine_rows_as(dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_rows, width, coefs, True, training,
+                            grad_x, grad_x_stride, grad_x_ahead)
+    else:
+        grad_affine_rows_as(dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_rows, width, coefs, False, training,
+                            grad_x, grad_x_stride, grad_x_ahead)
+
+
+@inline
 def grad_affine_run(dy, dy_ahead, x, x_ahead, length, width, coefs, relu, training, stream, grad_x):
     one = np.int64(1)
     grad_affine_runs(dy, one, dy_ahead, x, one, x_ahead, one, length, width, coefs, one, relu, training, stream,
@@ -1081,7 +1151,8 @@ def grad_affine_task(
     grad_x_ahead = lead(grad_x_stride, segment, False)
     stream_rows = stream and (plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride))
     one_run = not plan.by_inner and dy_stride == width and x_stride == width and grad_x_stride == width
-    coefs = place_coefs(memory, before_line(grad_x if stream else x) if one_run else 0)
+    aligned = one_run or (on_lines(grad_x, grad_x_stride, width) if stream else on_lines(x, x_stride, width))
+    coefs = place_coefs(memory, before_line(grad_x if stream else x) if aligned else 0)
     each = 0 if plan.by_inner else 1
     spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
     spread_rows(linear, 4, plan, c0, channels, at(coefs, FACTOR))
@@ -1107,10 +1178,15 @@ def grad_affine_task(
                 grad_affine_run(gather(at(dy, r * dy_stride), dy_stride, n, width, dy_buffer), np.int64(0),
                                 gather(at(x, r * x_stride), x_stride, n, width, x_buffer), np.int64(0), n * width,
                                 plan.fold * width, coefs, relu, training, stream, at(grad_x, r * width))
-        else:
+        elif stream_rows:
             grad_affine_runs(at(dy, block.row * dy_stride), dy_stride, dy_ahead,
                              at(x, block.row * x_stride), x_stride, x_ahead, block.n_rows, width, width,
                              coefs, each, relu, training, stream_rows,
+                             at(grad_x, block.row * grad_x_stride), grad_x_stride, grad_x_ahead)
+        else:
+            grad_affine_rows(at(dy, block.row * dy_stride), dy_stride, dy_ahead,
+                             at(x, block.row * x_stride), x_stride, x_ahead, block.n_rows, width,
+                             coefs, relu, training,
                              at(grad_x, block.row * grad_x_stride), grad_x_stride, grad_x_ahead)
 
 
