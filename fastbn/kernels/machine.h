@@ -60,6 +60,15 @@ static inline int fastbn_cpu_level(void) {
 #endif
 }
 
+/* Bytes of a vector of the instruction set that this is compiled for. */
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+
 static inline void prefetch(const void *address) {
 #if defined(__GNUC__)
     __builtin_prefetch(address);

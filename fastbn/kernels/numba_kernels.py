@@ -605,8 +605,17 @@ def has_whole_lines(y, stride):
 
 @helper
 def on_lines(x, stride, length):
-    """Whether the strips of such rows begin with a line: where all begin at the same place of one, and are not short."""
+    """Whether strips of such rows begin with a line: where all rows begin at the same place of one, none is short."""
     return length >= 8 * STRIP and before_line(x) == before_line(at(x, stride))
+
+
+@helper
+def count_pairs(x, length, width, stream):
+    """How many pairs of rows there are behind a run's first line, if its rows are taken two at a time: then the
+    coefficients are loaded half as often."""
+    if stream or width % STRIP:
+        return 0
+    return max(0, length - before_line(x)) // (2 * width)
 
 
 @helper
@@ -721,7 +730,8 @@ def affine_rows_as(x, stride, x_ahead, n_rows, width, coefs, relu, y, y_stride, 
         x_row, y_row = at(x, row * stride), at(y, row * y_stride)
         if begin:
             affine_rest(x_row, begin, coefs, relu, y_row)
-        affine_strips(at(x_row, begin), x_ahead, n_strips, at(coefs, begin), one, relu, False, at(y_row, begin), y_ahead)
+        affine_strips(at(x_row, begin), x_ahead, n_strips, at(coefs, begin), one, relu, False,
+                      at(y_row, begin), y_ahead)
         if end < width:
             affine_rest(at(x_row, end), width - end, at(coefs, end), relu, at(y_row, end))
 
@@ -737,9 +747,51 @@ def affine_rows(x, stride, x_ahead, n_rows, width, coefs, relu, y, y_stride, y_a
 
 
 @inline
+def affine_pair(
+    x,          # IN   a strip of two rows, one behind the other
+    width, coefs, relu,
+    y,          # OUT  may be x
+):
+    center, scale = load(at(coefs, CENTER), STRIP), load(at(coefs, SCALE), STRIP)
+    offset = load(at(coefs, OFFSET), STRIP)
+    value = muladd(load(x, STRIP) - center, scale, offset)
+    store(y, cleared(is_off(value, relu), value))
+    value = muladd(load(at(x, width), STRIP) - center, scale, offset)
+    store(at(y, width), cleared(is_off(value, relu), value))
+
+
+@inline
+def affine_pairs_as(x, n_pairs, width, coefs, relu, y):
+    for pair in range(n_pairs):
+        for j in range(0, width, STRIP):
+            rolled()
+            i = 2 * pair * width + j
+            for r in range(2):
+                prefetch_strip(at(x, i + r * width + AHEAD), False)
+                prefetch_strip_write(at(y, i + r * width + AHEAD))
+            affine_pair(at(x, i), width, at(coefs, j), relu, at(y, i))
+
+
+@helper
+def affine_pairs(x, n_pairs, width, coefs, relu, y):
+    outline()
+    if relu:
+        affine_pairs_as(x, n_pairs, width, coefs, True, y)
+    else:
+        affine_pairs_as(x, n_pairs, width, coefs, False, y)
+
+
+@inline
 def affine_run(x, x_ahead, length, width, coefs, relu, stream, y):
     one = np.int64(1)  # no literal: each would have a version of the loops of its own
-    affine_runs(x, one, x_ahead, one, length, width, coefs, one, relu, stream, y, one, one * AHEAD)
+    n_pairs = count_pairs(x, length, width, stream)
+    begin = before_line(x) if n_pairs > 0 else 0
+    done = begin + n_pairs * 2 * width
+    if n_pairs > 0:
+        affine_rest(x, begin, coefs, relu, y)
+        affine_pairs(at(x, begin), n_pairs, width, at(coefs, begin), relu, at(y, begin))
+    affine_runs(at(x, done), one, x_ahead, one, length - done, width, at(coefs, begin), one, relu, stream,
+                at(y, done), one, one * AHEAD)
 
 
 @inline
@@ -1125,10 +1177,54 @@ def grad_affine_rows(
 
 
 @inline
+def grad_affine_pair(
+    dy,         # IN   a strip of two rows, one behind the other
+    x,          # IN   likewise
+    width, coefs, relu,
+    grad_x,     # OUT  may be dy
+):
+    center, slope = load(at(coefs, CENTER), STRIP), load(at(coefs, SLOPE), STRIP)
+    shift, rest, factor = load(at(coefs, SHIFT), STRIP), load(at(coefs, REST), STRIP), load(at(coefs, FACTOR), STRIP)
+    g = gate(load(dy, STRIP), x, STRIP, coefs, relu)
+    store(grad_x, factor * muladd(center - load(x, STRIP), slope, (g - shift) - rest))
+    x = at(x, width)
+    g = gate(load(at(dy, width), STRIP), x, STRIP, coefs, relu)
+    store(at(grad_x, width), factor * muladd(center - load(x, STRIP), slope, (g - shift) - rest))
+
+
+@inline
+def grad_affine_pairs_as(dy, x, n_pairs, width, coefs, relu, grad_x):
+    for pair in range(n_pairs):
+        for j in range(0, width, STRIP):
+            rolled()
+            i = 2 * pair * width + j
+            for r in range(2):
+                prefetch_strip(at(dy, i + r * width + AHEAD), False)
+                prefetch_strip(at(x, i + r * width + AHEAD), False)
+                prefetch_strip_write(at(grad_x, i + r * width + AHEAD))
+            grad_affine_pair(at(dy, i), at(x, i), width, at(coefs, j), relu, at(grad_x, i))
+
+
+@helper
+def grad_affine_pairs(dy, x, n_pairs, width, coefs, relu, grad_x):
+    outline()
+    if relu:
+        grad_affine_pairs_as(dy, x, n_pairs, width, coefs, True, grad_x)
+    else:
+        grad_affine_pairs_as(dy, x, n_pairs, width, coefs, False, grad_x)
+
+
+@inline
 def grad_affine_run(dy, dy_ahead, x, x_ahead, length, width, coefs, relu, training, stream, grad_x):
     one = np.int64(1)
-    grad_affine_runs(dy, one, dy_ahead, x, one, x_ahead, one, length, width, coefs, one, relu, training, stream,
-                     grad_x, one, one * AHEAD)
+    n_pairs = count_pairs(x, length, width, stream or not training)
+    begin = before_line(x) if n_pairs > 0 else 0
+    done = begin + n_pairs * 2 * width
+    if n_pairs > 0:
+        grad_affine_rest(dy, x, begin, coefs, relu, training, grad_x)
+        grad_affine_pairs(at(dy, begin), at(x, begin), n_pairs, width, at(coefs, begin), relu, at(grad_x, begin))
+    grad_affine_runs(at(dy, done), one, dy_ahead, at(x, done), one, x_ahead, one, length - done, width,
+                     at(coefs, begin), one, relu, training, stream, at(grad_x, done), one, one * AHEAD)
 
 
 @inline
