@@ -910,8 +910,9 @@ cdef void affine_task(
     cdef Py_ssize_t index, r, i, n
     cdef bint stream_rows = stream and (plan.fold == 1 or has_whole_lines(y, y_stride))
     cdef bint one_run = not plan.by_inner and stride == width and y_stride == width
-    cdef bint aligned = one_run or (on_lines(y, y_stride, width) if stream else on_lines(x, stride, width))
-    cdef floating* coefs = place_coefs(memory, before_line(y if stream else x) if aligned else 0)
+    cdef const floating* lines = y if stream else x  # the strips begin with its lines
+    cdef bint aligned = not plan.by_inner and (one_run or on_lines(lines, y_stride if stream else stride, width))
+    cdef floating* coefs = place_coefs(memory, before_line(lines) if aligned else 0)
     cdef Block block
     spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
     x += c0 * plan.inner
@@ -1416,8 +1417,10 @@ cdef void grad_affine_task(
     cdef Py_ssize_t index, r, i, n
     cdef bint stream_rows = stream and (plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride))
     cdef bint one_run = not plan.by_inner and dy_stride == width and x_stride == width and grad_x_stride == width
-    cdef bint aligned = one_run or (on_lines(grad_x, grad_x_stride, width) if stream else on_lines(x, x_stride, width))
-    cdef floating* coefs = place_coefs(memory, before_line(grad_x if stream else x) if aligned else 0)
+    cdef const floating* lines = grad_x if stream else x
+    cdef bint aligned = not plan.by_inner and (
+        one_run or on_lines(lines, grad_x_stride if stream else x_stride, width))
+    cdef floating* coefs = place_coefs(memory, before_line(lines) if aligned else 0)
     cdef Block block
     spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
     spread_rows(linear, 4, plan, c0, channels, coefs + FACTOR)

@@ -811,8 +811,9 @@ def affine_task(
     x_ahead, y_ahead = lead(stride, segment, stream), lead(y_stride, segment, False)
     stream_rows = stream and (plan.fold == 1 or has_whole_lines(y, y_stride))
     one_run = not plan.by_inner and stride == width and y_stride == width
-    aligned = one_run or (on_lines(y, y_stride, width) if stream else on_lines(x, stride, width))
-    coefs = place_coefs(memory, before_line(y if stream else x) if aligned else 0)
+    lines = y if stream else x  # the strips begin with its lines
+    aligned = not plan.by_inner and (one_run or on_lines(lines, y_stride if stream else stride, width))
+    coefs = place_coefs(memory, before_line(lines) if aligned else 0)
     each = 0 if plan.by_inner else 1
     spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
     x = at(x, c0 * plan.inner)
@@ -1247,8 +1248,9 @@ def grad_affine_task(
     grad_x_ahead = lead(grad_x_stride, segment, False)
     stream_rows = stream and (plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride))
     one_run = not plan.by_inner and dy_stride == width and x_stride == width and grad_x_stride == width
-    aligned = one_run or (on_lines(grad_x, grad_x_stride, width) if stream else on_lines(x, x_stride, width))
-    coefs = place_coefs(memory, before_line(grad_x if stream else x) if aligned else 0)
+    lines = grad_x if stream else x
+    aligned = not plan.by_inner and (one_run or on_lines(lines, grad_x_stride if stream else x_stride, width))
+    coefs = place_coefs(memory, before_line(lines) if aligned else 0)
     each = 0 if plan.by_inner else 1
     spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
     spread_rows(linear, 4, plan, c0, channels, at(coefs, FACTOR))
