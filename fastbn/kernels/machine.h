@@ -138,6 +138,16 @@ static inline double hidden_one(void) {
     return one;
 }
 
+/* The pointer, of which the compiler does not know that it moves by a step each time: for the rows of a step and for what
+   they fetch ahead it would keep 16 pointers, move each, and spill some. Sums of the backward: float64 0.81 to 0.93 of the
+   time, images 0.9 to 0.96, float32 columns 0.94 to 1; moments of 64x512x7x7 0.91, the others as before. */
+static inline const void *hidden(const void *pointer) {
+#if defined(__GNUC__)
+    __asm__("" : "+r"(pointer));
+#endif
+    return pointer;
+}
+
 /* Copies the 64 bytes of a cache line past the caches to target, which is aligned to them. */
 static inline void stream_line(void *target, const void *source) {
 #if defined(__AVX512F__)
