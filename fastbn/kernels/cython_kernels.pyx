@@ -342,9 +342,14 @@ cdef inline void sums_group(
     const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t ahead, bint far,
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
-    cdef Py_ssize_t j = 0
+    cdef Py_ssize_t j = 0, r
     while j + STRIP <= width:
         prefetch_rows(x, stride, n_rows, width, j, ahead, far)
+        # And of a run, what the next step reads, from L2 into L1: moments of 1x64x1000000 0.82 to 0.98 of the time, of
+        # 64x64x56x56 0.9. The sums of the backward of 128x256x14x14 would take 1.15 times as long, float64 1.03.
+        if floating is float and far and stride == LANES:
+            for r in range(n_rows, 2 * n_rows):
+                prefetch(x + r * LANES)
         sums_strip(<const floating*>hidden(x + j), stride, n_rows, STRIP, pivot + j, s1 + j, s2 + j)
         j += STRIP
     if (width - j) & 8:

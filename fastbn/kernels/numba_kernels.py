@@ -212,8 +212,13 @@ def lead(stride, width, far):
 
 
 @inline
+def size_of(x):
+    return address(at(x, 1)) - address(x)
+
+
+@inline
 def prefetch_strip(x, far):
-    for i in range(0, STRIP, LINE // (address(at(x, 1)) - address(x))):
+    for i in range(0, STRIP, LINE // size_of(x)):
         if far:
             prefetch_far(at(x, i))
         else:
@@ -222,7 +227,7 @@ def prefetch_strip(x, far):
 
 @inline
 def prefetch_strip_write(y):
-    for i in range(0, STRIP, LINE // (address(at(y, 1)) - address(y))):
+    for i in range(0, STRIP, LINE // size_of(y)):
         prefetch_write(at(y, i))
 
 
@@ -300,6 +305,9 @@ def sums_group(x, stride, n_rows, width, ahead, far, pivot, s1, s2):
     j = 0
     while j + STRIP <= width:
         prefetch_rows(x, stride, n_rows, width, j, ahead, far)
+        if far and stride == LANES and size_of(x) == 4:  # of a run of float32, what the next step reads, into L1
+            for r in range(n_rows, 2 * n_rows):
+                prefetch(at(x, r * LANES))
         sums_strip(at(x, j), stride, n_rows, STRIP, at(pivot, j), at(s1, j), at(s2, j))
         j += STRIP
     if (width - j) & 8:
@@ -577,7 +585,7 @@ def spread_rows(
 @helper
 def before_line(y):
     """How many elements lie before the first whole cache line."""
-    return (-address(y) & (LINE - 1)) // (address(at(y, 1)) - address(y))
+    return (-address(y) & (LINE - 1)) // size_of(y)
 
 
 @inline
