@@ -1,7 +1,7 @@
 """Rounds: in each, every side runs its calls once, in turns that rotate; the figure of a side is its median sample.
 
-The rounds of a case are spread over passes through all the cases, minutes apart: what else a machine does may slow some
-minutes down, and one side more than another.
+The rounds of a case are spread over passes through all the cases, minutes apart and each on arrays of its own: what else
+a machine does may slow some minutes down, and one side more than another, and so may the place of an array in memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastbn.bench.roofline import bytes_moved
 from fastbn.bench.worker import PEERS
 
 PAUSE = 0.02  # seconds between two sides: the OpenMP threads of the last one spin for 8 to 12 ms
-PASSES = 3
+PASSES = 5
 SAMPLES = 9  # at most so many in a round: a call, or several where they are short
 REFERENCE_BYTES = 1_000_000  # fastbn's NumPy reference is measured up to here, unless asked for
 
