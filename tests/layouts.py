@@ -68,6 +68,7 @@ PAST_THE_CACHES = {  # the outputs of all these bypass the caches
     "NCHW": Layout((11, 130, 57, 53)),
     "inner 31": Layout((2001, 70, 31)),
     "every other row": Layout((180_002, 48), view=lambda x: x[::2], rows=True),
+    "rows reversed": Layout((90_001, 77), view=lambda x: x[::-1], rows=True),
     "every other row of 24": Layout((360_002, 24), view=lambda x: x[::2], rows=True),
     "some columns": Layout((9001, 620), view=lambda x: x[:, 1:-2], rows=True),
     "260x16385": Layout((260, 16_385)),  # a last tile of one column

@@ -1,7 +1,7 @@
 """Rounds: in each, every side runs its calls once, in turns that rotate; the figure of a side is its median sample.
 
-The rounds of a case are spread over passes through all the cases, minutes apart and each on arrays of its own: what else
-a machine does may slow some minutes down, and one side more than another, and so may the place of an array in memory.
+The rounds of a case are spread over passes through all the cases, minutes apart and each on arrays of its own: what
+else a machine does may slow some minutes down, and one side more than another, and so may an array's place in memory.
 """
 
 from __future__ import annotations

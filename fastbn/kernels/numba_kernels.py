@@ -58,6 +58,7 @@ AHEAD = 512            # elements that runs and the elementwise passes fetch ahe
 FAR_AHEAD = 2048       # and where the data will not be in a cache, into L2 instead
 SERIAL_MERGES = 32768  # below so many partial results one thread merges them: starting the team takes longer
 BUFFER = ROWS * TILE   # elements of a task's buffers
+BOTH = 2 * STRIP
 SUMS_PITCH = TILE + 128  # from one of a tile's sums to the next: 4 KiB apart, stores would hold up loads
 SUMS = 3 * SUMS_PITCH
 # Where a tile's coefficients lie in its one array, so that a strip takes one pointer for all of them. Behind those of a
@@ -588,6 +589,21 @@ def before_line(y):
     return (-address(y) & (LINE - 1)) // size_of(y)
 
 
+@helper
+def has_joints(y, y_stride, width):
+    """Whether strips past the caches are put together from two rows: of rows that lie one behind the other, but not
+    what they come from, and end within lines."""
+    return y_stride == width and width >= NARROW and not has_whole_lines(y, y_stride)
+
+
+@inline
+def join(end, n, following, both):
+    """A strip of a row's last n columns and the next row's first ones."""
+    store(both, load(at(end, -STRIP), STRIP))
+    store(at(both, STRIP), load(following, STRIP))
+    return at(both, STRIP - n)
+
+
 @inline
 def place_coefs(memory, skip):
     """Where to put coefficients so that those behind the first `skip` columns begin with a line, as memory does."""
@@ -755,6 +771,38 @@ def affine_rows(x, stride, x_ahead, n_rows, width, coefs, relu, y, y_stride, y_a
 
 
 @inline
+def affine_joined_as(x, stride, x_ahead, n_rows, width, coefs, relu, y):
+    both = local(BOTH, x)
+    one, start, rest = np.int64(1), before_line(y), 0
+    affine_rest(x, start, coefs, relu, y)
+    for row in range(n_rows):
+        x_row, y_row = at(x, row * stride), at(y, row * width)
+        n = (width - start) // STRIP
+        rest = (width - start) % STRIP
+        affine_strips(at(x_row, start), x_ahead, n, at(coefs, start), one, relu, True, at(y_row, start), one)
+        start += n * STRIP
+        if rest and row + 1 < n_rows:
+            affine_strip(join(at(x_row, width), rest, at(x_row, stride), both), STRIP, at(coefs, start), relu,
+                         at(y_row, start), store_past)
+            start += STRIP
+        start -= width
+    n = width - rest
+    affine_rest(at(x, (n_rows - 1) * stride + n), rest, at(coefs, n), relu, at(y, (n_rows - 1) * width + n))
+
+
+@helper
+def affine_joined(x, stride, x_ahead, n_rows, width, coefs, relu, y):
+    """Rows that lie apart, past the caches to rows that do not."""
+    outline()
+    if n_rows == 0:
+        return
+    if relu:
+        affine_joined_as(x, stride, x_ahead, n_rows, width, coefs, True, y)
+    else:
+        affine_joined_as(x, stride, x_ahead, n_rows, width, coefs, False, y)
+
+
+@inline
 def affine_pair(
     x,          # IN   a strip of two rows, one behind the other
     width, coefs, relu,
@@ -819,8 +867,9 @@ def affine_task(
     x_ahead, y_ahead = lead(stride, segment, stream), lead(y_stride, segment, False)
     stream_rows = stream and (plan.fold == 1 or has_whole_lines(y, y_stride))
     one_run = not plan.by_inner and stride == width and y_stride == width
+    joined = stream and not stream_rows and has_joints(y, y_stride, width)
     lines = y if stream else x  # the strips begin with its lines
-    aligned = not plan.by_inner and (one_run or on_lines(lines, y_stride if stream else stride, width))
+    aligned = not plan.by_inner and (one_run or joined or on_lines(lines, y_stride if stream else stride, width))
     coefs = place_coefs(memory, before_line(lines) if aligned else 0)
     each = 0 if plan.by_inner else 1
     spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
@@ -844,6 +893,9 @@ def affine_task(
         elif stream_rows:
             affine_runs(at(x, block.row * stride), stride, x_ahead, block.n_rows, width, width, coefs, each,
                         relu, stream_rows, at(y, block.row * y_stride), y_stride, y_ahead)
+        elif joined:
+            affine_joined(at(x, block.row * stride), stride, x_ahead, block.n_rows, width, coefs, relu,
+                          at(y, block.row * width))
         else:
             affine_rows(at(x, block.row * stride), stride, x_ahead, block.n_rows, width, coefs, relu,
                         at(y, block.row * y_stride), y_stride, y_ahead)
@@ -1186,6 +1238,47 @@ def grad_affine_rows(
 
 
 @inline
+def grad_affine_joined_as(
+    dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_rows, width, coefs, relu, training, grad_x,
+):
+    dy_both, x_both = local(BOTH, x), local(BOTH, x)
+    one, start, rest = np.int64(1), before_line(grad_x), 0
+    grad_affine_rest(dy, x, start, coefs, relu, training, grad_x)
+    for row in range(n_rows):
+        dy_row, x_row, grad_x_row = at(dy, row * dy_stride), at(x, row * x_stride), at(grad_x, row * width)
+        n = (width - start) // STRIP
+        rest = (width - start) % STRIP
+        grad_affine_strips(at(dy_row, start), dy_ahead, at(x_row, start), x_ahead, n, at(coefs, start), one,
+                           relu, training, True, at(grad_x_row, start), one)
+        start += n * STRIP
+        if rest and row + 1 < n_rows:
+            grad_affine_strip(join(at(dy_row, width), rest, at(dy_row, dy_stride), dy_both),
+                              join(at(x_row, width), rest, at(x_row, x_stride), x_both), STRIP, at(coefs, start),
+                              relu, training, at(grad_x_row, start), store_past)
+            start += STRIP
+        start -= width
+    n = width - rest
+    grad_affine_rest(at(dy, (n_rows - 1) * dy_stride + n), at(x, (n_rows - 1) * x_stride + n), rest, at(coefs, n),
+                     relu, training, at(grad_x, (n_rows - 1) * width + n))
+
+
+@helper
+def grad_affine_joined(
+    dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_rows, width, coefs, relu, training, grad_x,
+):
+    """Rows that lie apart, past the caches to rows that do not."""
+    outline()
+    if n_rows == 0:
+        return
+    if relu:
+        grad_affine_joined_as(dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_rows, width, coefs, True, training,
+                              grad_x)
+    else:
+        grad_affine_joined_as(dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_rows, width, coefs, False, training,
+                              grad_x)
+
+
+@inline
 def grad_affine_pair(
     dy,         # IN   a strip of two rows, one behind the other
     x,          # IN   likewise
@@ -1256,8 +1349,10 @@ def grad_affine_task(
     grad_x_ahead = lead(grad_x_stride, segment, False)
     stream_rows = stream and (plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride))
     one_run = not plan.by_inner and dy_stride == width and x_stride == width and grad_x_stride == width
+    joined = stream and not stream_rows and has_joints(grad_x, grad_x_stride, width)
     lines = grad_x if stream else x
-    aligned = not plan.by_inner and (one_run or on_lines(lines, grad_x_stride if stream else x_stride, width))
+    aligned = not plan.by_inner and (
+        one_run or joined or on_lines(lines, grad_x_stride if stream else x_stride, width))
     coefs = place_coefs(memory, before_line(lines) if aligned else 0)
     each = 0 if plan.by_inner else 1
     spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
@@ -1289,6 +1384,10 @@ def grad_affine_task(
                              at(x, block.row * x_stride), x_stride, x_ahead, block.n_rows, width, width,
                              coefs, each, relu, training, stream_rows,
                              at(grad_x, block.row * grad_x_stride), grad_x_stride, grad_x_ahead)
+        elif joined:
+            grad_affine_joined(at(dy, block.row * dy_stride), dy_stride, dy_ahead,
+                               at(x, block.row * x_stride), x_stride, x_ahead, block.n_rows, width,
+                               coefs, relu, training, at(grad_x, block.row * width))
         else:
             grad_affine_rows(at(dy, block.row * dy_stride), dy_stride, dy_ahead,
                              at(x, block.row * x_stride), x_stride, x_ahead, block.n_rows, width,
