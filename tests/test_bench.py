@@ -302,7 +302,7 @@ def test_the_rounds_of_a_case_are_spread_over_passes(monkeypatch):
         plan = Plan(threads=1, rounds=7, seconds=1e-4, backends=(), peers=("numpy",))
         results = measure.measure(wanted, plan, processes, lambda case, part: shares.append((case.shape, part)))
     assert [shape for shape, part in shares if part] == (
-        2 * ([(12, 4), (12, 4), (24, 8), (24, 8)]) + 3 * [(12, 4), (24, 8)])
+        2 * [(12, 4), (12, 4), (24, 8), (24, 8)] + 3 * [(12, 4), (24, 8)])
     assert sum(part for _, part in shares) == pytest.approx(2)
     assert [result.case for result in results] == wanted
     numpy_turns = [words for words in turns if words[0] == "numpy"]

@@ -589,13 +589,6 @@ def before_line(y):
     return (-address(y) & (LINE - 1)) // size_of(y)
 
 
-@helper
-def has_joints(y, y_stride, width):
-    """Whether strips past the caches are put together from two rows: of rows that lie one behind the other, but not
-    what they come from, and end within lines."""
-    return y_stride == width and width >= NARROW and not has_whole_lines(y, y_stride)
-
-
 @inline
 def join(end, n, following, both):
     """A strip of a row's last n columns and the next row's first ones."""
@@ -792,7 +785,7 @@ def affine_joined_as(x, stride, x_ahead, n_rows, width, coefs, relu, y):
 
 @helper
 def affine_joined(x, stride, x_ahead, n_rows, width, coefs, relu, y):
-    """Rows that lie apart, past the caches to rows that do not."""
+    """Rows that lie apart, past the caches to rows that do not. A strip that two share is put together first."""
     outline()
     if n_rows == 0:
         return
@@ -867,7 +860,7 @@ def affine_task(
     x_ahead, y_ahead = lead(stride, segment, stream), lead(y_stride, segment, False)
     stream_rows = stream and (plan.fold == 1 or has_whole_lines(y, y_stride))
     one_run = not plan.by_inner and stride == width and y_stride == width
-    joined = stream and not stream_rows and has_joints(y, y_stride, width)
+    joined = stream and not stream_rows and y_stride == width
     lines = y if stream else x  # the strips begin with its lines
     aligned = not plan.by_inner and (one_run or joined or on_lines(lines, y_stride if stream else stride, width))
     coefs = place_coefs(memory, before_line(lines) if aligned else 0)
@@ -1349,7 +1342,7 @@ def grad_affine_task(
     grad_x_ahead = lead(grad_x_stride, segment, False)
     stream_rows = stream and (plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride))
     one_run = not plan.by_inner and dy_stride == width and x_stride == width and grad_x_stride == width
-    joined = stream and not stream_rows and has_joints(grad_x, grad_x_stride, width)
+    joined = stream and not stream_rows and grad_x_stride == width
     lines = grad_x if stream else x
     aligned = not plan.by_inner and (
         one_run or joined or on_lines(lines, grad_x_stride if stream else x_stride, width))
