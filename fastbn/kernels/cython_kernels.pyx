@@ -53,6 +53,8 @@ cdef enum:
     MAX_CHUNKS = 64       # partial results a channel, at most; so also the threads that can share a column
     SERIAL_BYTES = 65536  # a thread's fair share: below it, waking the thread costs more than it saves
     NARROW = 32           # rows apart of fewer columns are first copied together (20 columns: 20 % less time)
+    NEAR_BYTES = 1 << 20  # smaller arrays stay in the second caches: what the elementwise passes fetched ahead there,
+    # not least lines that the next thread writes, took them 5 to 30 % longer (4x128x14x14, 32x4096)
     FAR_BYTES = 1 << 24   # inputs from here on are fetched from further ahead: they will not be in a cache
     STREAM_BYTES = 20 << 20  # of inputs and output together: from here on the output bypasses the caches. On Zen 4,
     # 32 MiB of L3: 64x64x28x28 forward and backward 0.6 of the time, 4096x512 backward 0.7; 2000x1000 forward 1.1.
@@ -217,6 +219,11 @@ cdef inline floating* first_line(floating* memory) noexcept nogil:
 cdef inline bint is_far(const Plan* plan, Py_ssize_t itemsize) noexcept nogil:
     """Whether inputs of so many bytes an element will not be in a cache."""
     return plan.outer * plan.channels * plan.inner * itemsize >= FAR_BYTES
+
+
+cdef inline bint is_near(const Plan* plan, Py_ssize_t itemsize) noexcept nogil:
+    """Whether an array of so many bytes an element is in the second caches."""
+    return plan.outer * plan.channels * plan.inner * itemsize < NEAR_BYTES
 
 
 cdef inline Py_ssize_t lead(Py_ssize_t stride, Py_ssize_t width, bint far) noexcept nogil:
@@ -770,12 +777,14 @@ cdef void affine_rest(
 
 cdef inline void affine_strips(
     const floating* x, Py_ssize_t x_ahead, Py_ssize_t n_strips, const floating* coefs, Py_ssize_t each,
-    bint relu, bint stream, floating* y, Py_ssize_t y_ahead,
+    bint relu, bint stream, floating* y,
+    Py_ssize_t y_ahead,        # IN   0: all of it is near, fetch nothing ahead
 ) noexcept nogil:
     cdef Py_ssize_t _strip
     for _strip in range(n_strips):
-        prefetch_strip(x + x_ahead, stream)
-        if not stream:
+        if stream or y_ahead:
+            prefetch_strip(x + x_ahead, stream)
+        if y_ahead and not stream:
             prefetch_strip_write(y + y_ahead)
         affine_strip(x, STRIP, coefs, relu, stream, y)
         x += STRIP
@@ -802,8 +811,10 @@ cdef inline void affine_runs_as(
             n = strips_ahead(j, width, length - i)
             if stream:
                 affine_strips(x + i, x_ahead, n, coefs + j, each, relu, True, y + i, y_ahead)
-            else:
+            elif y_ahead:
                 affine_strips(x + i, x_ahead, n, coefs + j, each, relu, False, y + i, y_ahead)
+            else:
+                affine_strips(x + i, 0, n, coefs + j, each, relu, False, y + i, 0)
             i += n * STRIP
             j = each * next_column(j, n * STRIP, width)
         affine_rest(x + i, length - i, coefs + j, relu, y + i)
@@ -835,7 +846,10 @@ cdef inline void affine_rows_as(
     for _row in range(n_rows):
         if begin:
             affine_rest(x, begin, coefs, relu, y)
-        affine_strips(x + begin, x_ahead, n_strips, coefs + begin, 1, relu, False, y + begin, y_ahead)
+        if y_ahead:
+            affine_strips(x + begin, x_ahead, n_strips, coefs + begin, 1, relu, False, y + begin, y_ahead)
+        else:
+            affine_strips(x + begin, 0, n_strips, coefs + begin, 1, relu, False, y + begin, 0)
         if end < width:
             affine_rest(x + end, width - end, coefs + end, relu, y + end)
         x += stride
@@ -912,12 +926,12 @@ cdef inline void affine_pair(
 
 
 cdef inline void affine_pairs_as(
-    const floating* x, Py_ssize_t n_pairs, Py_ssize_t width, const floating* coefs, bint relu, floating* y,
+    const floating* x, Py_ssize_t n_pairs, Py_ssize_t width, const floating* coefs, bint relu, bint near, floating* y,
 ) noexcept nogil:
     cdef Py_ssize_t r, _pair, strip
     for _pair in range(n_pairs):
         for strip in range(width // STRIP):
-            for r in range(2):
+            for r in range(0 if near else 2):
                 prefetch_strip(x + r * width + AHEAD, False)
                 prefetch_strip_write(y + r * width + AHEAD)
             affine_pair(x, width, coefs + strip * STRIP, relu, y)
@@ -928,24 +942,29 @@ cdef inline void affine_pairs_as(
 
 
 cdef void affine_pairs(
-    const floating* x, Py_ssize_t n_pairs, Py_ssize_t width, const floating* coefs, bint relu, floating* y,
+    const floating* x, Py_ssize_t n_pairs, Py_ssize_t width, const floating* coefs, bint relu, bint near, floating* y,
 ) noexcept nogil:
-    if relu:
-        affine_pairs_as(x, n_pairs, width, coefs, True, y)
+    if relu and near:
+        affine_pairs_as(x, n_pairs, width, coefs, True, True, y)
+    elif relu:
+        affine_pairs_as(x, n_pairs, width, coefs, True, False, y)
+    elif near:
+        affine_pairs_as(x, n_pairs, width, coefs, False, True, y)
     else:
-        affine_pairs_as(x, n_pairs, width, coefs, False, y)
+        affine_pairs_as(x, n_pairs, width, coefs, False, False, y)
 
 
 cdef inline void affine_run(
     const floating* x, Py_ssize_t x_ahead, Py_ssize_t length, Py_ssize_t width, const floating* coefs,
-    bint relu, bint stream, floating* y,
+    bint relu, bint stream, floating* y, Py_ssize_t y_ahead,
 ) noexcept nogil:
     cdef Py_ssize_t n_pairs = count_pairs(x, length, width, stream)
     cdef Py_ssize_t begin = before_line(x) if n_pairs > 0 else 0, done = begin + n_pairs * 2 * width
     if n_pairs > 0:
         affine_rest(x, begin, coefs, relu, y)
-        affine_pairs(x + begin, n_pairs, width, coefs + begin, relu, y + begin)
-    affine_runs(x + done, 0, x_ahead, 1, length - done, width, coefs + begin, 1, relu, stream, y + done, 0, AHEAD)
+        affine_pairs(x + begin, n_pairs, width, coefs + begin, relu, y_ahead == 0, y + begin)
+    affine_runs(x + done, 0, x_ahead, 1, length - done, width, coefs + begin, 1, relu, stream, y + done, 0,
+                y_ahead)
 
 
 cdef void affine_task(
@@ -960,7 +979,8 @@ cdef void affine_task(
     cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
     cdef Py_ssize_t width = channels * plan.repeat, step = ROWS * plan.fold
     cdef Py_ssize_t segment = channels * plan.inner if plan.by_inner else width
-    cdef Py_ssize_t x_ahead = lead(stride, segment, stream), y_ahead = lead(y_stride, segment, False)
+    cdef Py_ssize_t x_ahead = lead(stride, segment, stream)
+    cdef Py_ssize_t y_ahead = 0 if is_near(plan, sizeof(floating)) else lead(y_stride, segment, False)
     cdef Py_ssize_t index, r, i, n
     cdef bint stream_rows = stream and (plan.fold == 1 or has_whole_lines(y, y_stride))
     cdef bint one_run = not plan.by_inner and stride == width and y_stride == width
@@ -981,13 +1001,13 @@ cdef void affine_task(
                             coefs, 0, relu, stream, y + r * y_stride + block.start, plan.inner, y_ahead)
         elif one_run:
             i = block.row * width
-            affine_run(x + i, x_ahead, block.n_rows * width, plan.fold * width, coefs, relu, stream, y + i)
+            affine_run(x + i, x_ahead, block.n_rows * width, plan.fold * width, coefs, relu, stream, y + i, y_ahead)
         elif width < NARROW and y_stride == width:
             for i in range(ceil_div(block.n_rows, step)):
                 r = block.row + i * step
                 n = min(step, block.row + block.n_rows - r)
                 affine_run(gather(x + r * stride, stride, n, width, x_buffer), 0, n * width, plan.fold * width,
-                           coefs, relu, stream, y + r * width)
+                           coefs, relu, stream, y + r * width, y_ahead)
         elif stream_rows:
             affine_runs(x + block.row * stride, stride, x_ahead, block.n_rows, width, width, coefs, 1, relu, True,
                         y + block.row * y_stride, y_stride, y_ahead)
@@ -1285,9 +1305,10 @@ cdef inline void grad_affine_strips(
 ) noexcept nogil:
     cdef Py_ssize_t _strip
     for _strip in range(n_strips):
-        prefetch_strip(dy + dy_ahead, stream)
-        prefetch_strip(x + x_ahead, stream)
-        if not stream:
+        if stream or grad_x_ahead:
+            prefetch_strip(dy + dy_ahead, stream)
+            prefetch_strip(x + x_ahead, stream)
+        if grad_x_ahead and not stream:
             prefetch_strip_write(grad_x + grad_x_ahead)
         grad_affine_strip(dy, x, STRIP, coefs, relu, training, stream, grad_x)
         dy += STRIP
@@ -1317,9 +1338,11 @@ cdef inline void grad_affine_runs_as(
             if stream:
                 grad_affine_strips(dy + i, dy_ahead, x + i, x_ahead, n, coefs + j, each, relu, training, True,
                                    grad_x + i, grad_x_ahead)
-            else:
+            elif grad_x_ahead:
                 grad_affine_strips(dy + i, dy_ahead, x + i, x_ahead, n, coefs + j, each, relu, training, False,
                                    grad_x + i, grad_x_ahead)
+            else:
+                grad_affine_strips(dy + i, 0, x + i, 0, n, coefs + j, each, relu, training, False, grad_x + i, 0)
             i += n * STRIP
             j = each * next_column(j, n * STRIP, width)
         grad_affine_rest(dy + i, x + i, length - i, coefs + j, relu, training, grad_x + i)
@@ -1360,8 +1383,12 @@ cdef inline void grad_affine_rows_as(
     for _row in range(n_rows):
         if begin:
             grad_affine_rest(dy, x, begin, coefs, relu, training, grad_x)
-        grad_affine_strips(dy + begin, dy_ahead, x + begin, x_ahead, n_strips, coefs + begin, 1, relu, training, False,
-                           grad_x + begin, grad_x_ahead)
+        if grad_x_ahead:
+            grad_affine_strips(dy + begin, dy_ahead, x + begin, x_ahead, n_strips, coefs + begin, 1, relu, training,
+                               False, grad_x + begin, grad_x_ahead)
+        else:
+            grad_affine_strips(dy + begin, 0, x + begin, 0, n_strips, coefs + begin, 1, relu, training, False,
+                               grad_x + begin, 0)
         if end < width:
             grad_affine_rest(dy + end, x + end, width - end, coefs + end, relu, training, grad_x + end)
         dy += dy_stride
@@ -1465,12 +1492,12 @@ cdef inline void grad_affine_pair(
 
 cdef inline void grad_affine_pairs_as(
     const floating* dy, const floating* x, Py_ssize_t n_pairs, Py_ssize_t width, const floating* coefs, bint relu,
-    floating* grad_x,
+    bint near, floating* grad_x,
 ) noexcept nogil:
     cdef Py_ssize_t r, _pair, strip
     for _pair in range(n_pairs):
         for strip in range(width // STRIP):
-            for r in range(2):
+            for r in range(0 if near else 2):
                 prefetch_strip(dy + r * width + AHEAD, False)
                 prefetch_strip(x + r * width + AHEAD, False)
                 prefetch_strip_write(grad_x + r * width + AHEAD)
@@ -1485,25 +1512,30 @@ cdef inline void grad_affine_pairs_as(
 
 cdef void grad_affine_pairs(
     const floating* dy, const floating* x, Py_ssize_t n_pairs, Py_ssize_t width, const floating* coefs, bint relu,
-    floating* grad_x,
+    bint near, floating* grad_x,
 ) noexcept nogil:
-    if relu:
-        grad_affine_pairs_as(dy, x, n_pairs, width, coefs, True, grad_x)
+    if relu and near:
+        grad_affine_pairs_as(dy, x, n_pairs, width, coefs, True, True, grad_x)
+    elif relu:
+        grad_affine_pairs_as(dy, x, n_pairs, width, coefs, True, False, grad_x)
+    elif near:
+        grad_affine_pairs_as(dy, x, n_pairs, width, coefs, False, True, grad_x)
     else:
-        grad_affine_pairs_as(dy, x, n_pairs, width, coefs, False, grad_x)
+        grad_affine_pairs_as(dy, x, n_pairs, width, coefs, False, False, grad_x)
 
 
 cdef inline void grad_affine_run(
     const floating* dy, Py_ssize_t dy_ahead, const floating* x, Py_ssize_t x_ahead, Py_ssize_t length,
     Py_ssize_t width, const floating* coefs, bint relu, bint training, bint stream, floating* grad_x,
+    Py_ssize_t grad_x_ahead,
 ) noexcept nogil:
     cdef Py_ssize_t n_pairs = count_pairs(x, length, width, stream or not training)
     cdef Py_ssize_t begin = before_line(x) if n_pairs > 0 else 0, done = begin + n_pairs * 2 * width
     if n_pairs > 0:
         grad_affine_rest(dy, x, begin, coefs, relu, training, grad_x)
-        grad_affine_pairs(dy + begin, x + begin, n_pairs, width, coefs + begin, relu, grad_x + begin)
+        grad_affine_pairs(dy + begin, x + begin, n_pairs, width, coefs + begin, relu, grad_x_ahead == 0, grad_x + begin)
     grad_affine_runs(dy + done, 0, dy_ahead, x + done, 0, x_ahead, 1, length - done, width, coefs + begin, 1,
-                     relu, training, stream, grad_x + done, 0, AHEAD)
+                     relu, training, stream, grad_x + done, 0, grad_x_ahead)
 
 
 cdef void grad_affine_task(
@@ -1522,7 +1554,7 @@ cdef void grad_affine_task(
     cdef Py_ssize_t width = channels * plan.repeat, step = ROWS * plan.fold
     cdef Py_ssize_t segment = channels * plan.inner if plan.by_inner else width
     cdef Py_ssize_t dy_ahead = lead(dy_stride, segment, stream), x_ahead = lead(x_stride, segment, stream)
-    cdef Py_ssize_t grad_x_ahead = lead(grad_x_stride, segment, False)
+    cdef Py_ssize_t grad_x_ahead = 0 if is_near(plan, sizeof(floating)) else lead(grad_x_stride, segment, False)
     cdef Py_ssize_t index, r, i, n
     cdef bint stream_rows = stream and (plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride))
     cdef bint one_run = not plan.by_inner and dy_stride == width and x_stride == width and grad_x_stride == width
@@ -1548,14 +1580,14 @@ cdef void grad_affine_task(
         elif one_run:
             i = block.row * width
             grad_affine_run(dy + i, dy_ahead, x + i, x_ahead, block.n_rows * width, plan.fold * width, coefs, relu,
-                            training, stream, grad_x + i)
+                            training, stream, grad_x + i, grad_x_ahead)
         elif width < NARROW and grad_x_stride == width:
             for i in range(ceil_div(block.n_rows, step)):
                 r = block.row + i * step
                 n = min(step, block.row + block.n_rows - r)
                 grad_affine_run(gather(dy + r * dy_stride, dy_stride, n, width, dy_buffer), 0,
                                 gather(x + r * x_stride, x_stride, n, width, x_buffer), 0, n * width,
-                                plan.fold * width, coefs, relu, training, stream, grad_x + r * width)
+                                plan.fold * width, coefs, relu, training, stream, grad_x + r * width, grad_x_ahead)
         elif stream_rows:
             grad_affine_runs(dy + block.row * dy_stride, dy_stride, dy_ahead, x + block.row * x_stride, x_stride,
                              x_ahead, block.n_rows, width, width, coefs, 1, relu, training, True,

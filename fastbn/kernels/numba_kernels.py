@@ -50,6 +50,7 @@ PIVOT_SHARE = 32       # the pivot is the mean of a block's first values, one in
 MAX_CHUNKS = 64        # partial results a channel, at most; so also the threads that can share a column
 SERIAL_BYTES = 65536   # a thread's fair share: below it, waking the thread costs more than it saves
 NARROW = 32            # rows apart of fewer columns are first copied together (20 columns: 20 % less time)
+NEAR_BYTES = 1 << 20   # smaller arrays stay in the second caches: the elementwise passes fetch nothing ahead
 FAR_BYTES = 1 << 24    # inputs from here on are fetched from further ahead: they will not be in a cache
 STREAM_BYTES = 20 << 20  # of inputs and output together: from here on the output bypasses the caches
 COLUMNS_AHEAD = 128    # columns that the sums fetch ahead, or half so many of each of two arrays
@@ -202,6 +203,12 @@ def fold_sums(wide, channels, repeat, fold):
 def is_far(plan, itemsize):
     """Whether inputs of so many bytes an element will not be in a cache."""
     return plan.outer * plan.channels * plan.inner * itemsize >= FAR_BYTES
+
+
+@helper
+def is_near(plan, itemsize):
+    """Whether an array of so many bytes an element is in the second caches."""
+    return plan.outer * plan.channels * plan.inner * itemsize < NEAR_BYTES
 
 
 @helper
@@ -686,14 +693,19 @@ def affine_rest(x, n_columns, coefs, relu, y):
 
 
 @inline
-def affine_strips(x, x_ahead, n_strips, coefs, each, relu, stream, y, y_ahead):
+def affine_strips(
+    x, x_ahead, n_strips, coefs, each, relu, stream, y,
+    y_ahead,    # 0: all of it is near, fetch nothing ahead
+):
     for _ in range(n_strips):
         rolled()
-        prefetch_strip(at(x, x_ahead), stream)
+        if stream or y_ahead:
+            prefetch_strip(at(x, x_ahead), stream)
         if stream:
             affine_strip(x, STRIP, coefs, relu, y, store_past)
         else:
-            prefetch_strip_write(at(y, y_ahead))
+            if y_ahead:
+                prefetch_strip_write(at(y, y_ahead))
             affine_strip(x, STRIP, coefs, relu, y, store)
         x = at(x, STRIP)
         y = at(y, STRIP)
@@ -716,8 +728,10 @@ def affine_runs_as(x, stride, x_ahead, n_runs, length, width, coefs, each, relu,
             n = strips_ahead(j, width, length - i)
             if stream:
                 affine_strips(at(x_run, i), x_ahead, n, at(run_coefs, j), each, relu, True, at(y_run, i), y_ahead)
-            else:
+            elif y_ahead:
                 affine_strips(at(x_run, i), x_ahead, n, at(run_coefs, j), each, relu, False, at(y_run, i), y_ahead)
+            else:
+                affine_strips(at(x_run, i), 0, n, at(run_coefs, j), each, relu, False, at(y_run, i), 0)
             i += n * STRIP
             j = each * next_column(j, n * STRIP, width)
         affine_rest(at(x_run, i), length - i, at(run_coefs, j), relu, at(y_run, i))
@@ -747,8 +761,11 @@ def affine_rows_as(x, stride, x_ahead, n_rows, width, coefs, relu, y, y_stride, 
         x_row, y_row = at(x, row * stride), at(y, row * y_stride)
         if begin:
             affine_rest(x_row, begin, coefs, relu, y_row)
-        affine_strips(at(x_row, begin), x_ahead, n_strips, at(coefs, begin), one, relu, False,
-                      at(y_row, begin), y_ahead)
+        if y_ahead:
+            affine_strips(at(x_row, begin), x_ahead, n_strips, at(coefs, begin), one, relu, False,
+                          at(y_row, begin), y_ahead)
+        else:
+            affine_strips(at(x_row, begin), 0, n_strips, at(coefs, begin), one, relu, False, at(y_row, begin), 0)
         if end < width:
             affine_rest(at(x_row, end), width - end, at(coefs, end), relu, at(y_row, end))
 
@@ -810,37 +827,41 @@ def affine_pair(
 
 
 @inline
-def affine_pairs_as(x, n_pairs, width, coefs, relu, y):
+def affine_pairs_as(x, n_pairs, width, coefs, relu, near, y):
     for pair in range(n_pairs):
         for j in range(0, width, STRIP):
             rolled()
             i = 2 * pair * width + j
-            for r in range(2):
+            for r in range(0 if near else 2):
                 prefetch_strip(at(x, i + r * width + AHEAD), False)
                 prefetch_strip_write(at(y, i + r * width + AHEAD))
             affine_pair(at(x, i), width, at(coefs, j), relu, at(y, i))
 
 
 @helper
-def affine_pairs(x, n_pairs, width, coefs, relu, y):
+def affine_pairs(x, n_pairs, width, coefs, relu, near, y):
     outline()
-    if relu:
-        affine_pairs_as(x, n_pairs, width, coefs, True, y)
+    if relu and near:
+        affine_pairs_as(x, n_pairs, width, coefs, True, True, y)
+    elif relu:
+        affine_pairs_as(x, n_pairs, width, coefs, True, False, y)
+    elif near:
+        affine_pairs_as(x, n_pairs, width, coefs, False, True, y)
     else:
-        affine_pairs_as(x, n_pairs, width, coefs, False, y)
+        affine_pairs_as(x, n_pairs, width, coefs, False, False, y)
 
 
 @inline
-def affine_run(x, x_ahead, length, width, coefs, relu, stream, y):
+def affine_run(x, x_ahead, length, width, coefs, relu, stream, y, y_ahead):
     one = np.int64(1)  # no literal: each would have a version of the loops of its own
     n_pairs = count_pairs(x, length, width, stream)
     begin = before_line(x) if n_pairs > 0 else 0
     done = begin + n_pairs * 2 * width
     if n_pairs > 0:
         affine_rest(x, begin, coefs, relu, y)
-        affine_pairs(at(x, begin), n_pairs, width, at(coefs, begin), relu, at(y, begin))
+        affine_pairs(at(x, begin), n_pairs, width, at(coefs, begin), relu, y_ahead == 0, at(y, begin))
     affine_runs(at(x, done), one, x_ahead, one, length - done, width, at(coefs, begin), one, relu, stream,
-                at(y, done), one, one * AHEAD)
+                at(y, done), one, y_ahead)
 
 
 @inline
@@ -857,7 +878,8 @@ def affine_task(
     width = channels * plan.repeat
     step = ROWS * plan.fold
     segment = channels * plan.inner if plan.by_inner else width
-    x_ahead, y_ahead = lead(stride, segment, stream), lead(y_stride, segment, False)
+    x_ahead = lead(stride, segment, stream)
+    y_ahead = 0 if is_near(plan, size_of(x)) else lead(y_stride, segment, False)
     stream_rows = stream and (plan.fold == 1 or has_whole_lines(y, y_stride))
     one_run = not plan.by_inner and stride == width and y_stride == width
     joined = stream and not stream_rows and y_stride == width
@@ -877,12 +899,13 @@ def affine_task(
                             coefs, each, relu, stream, at(y, r * y_stride + block.start), plan.inner, y_ahead)
         elif one_run:
             i = block.row * width
-            affine_run(at(x, i), x_ahead, block.n_rows * width, plan.fold * width, coefs, relu, stream, at(y, i))
+            affine_run(at(x, i), x_ahead, block.n_rows * width, plan.fold * width, coefs, relu, stream, at(y, i),
+                       y_ahead)
         elif width < NARROW and y_stride == width:
             for r in range(block.row, last, step):
                 n = min(step, last - r)
                 affine_run(gather(at(x, r * stride), stride, n, width, x_buffer), np.int64(0), n * width,
-                           plan.fold * width, coefs, relu, stream, at(y, r * width))
+                           plan.fold * width, coefs, relu, stream, at(y, r * width), y_ahead)
         elif stream_rows:
             affine_runs(at(x, block.row * stride), stride, x_ahead, block.n_rows, width, width, coefs, each,
                         relu, stream_rows, at(y, block.row * y_stride), y_stride, y_ahead)
@@ -1138,12 +1161,14 @@ def grad_affine_rest(dy, x, n_columns, coefs, relu, training, grad_x):
 def grad_affine_strips(dy, dy_ahead, x, x_ahead, n_strips, coefs, each, relu, training, stream, grad_x, grad_x_ahead):
     for _ in range(n_strips):
         rolled()
-        prefetch_strip(at(dy, dy_ahead), stream)
-        prefetch_strip(at(x, x_ahead), stream)
+        if stream or grad_x_ahead:
+            prefetch_strip(at(dy, dy_ahead), stream)
+            prefetch_strip(at(x, x_ahead), stream)
         if stream:
             grad_affine_strip(dy, x, STRIP, coefs, relu, training, grad_x, store_past)
         else:
-            prefetch_strip_write(at(grad_x, grad_x_ahead))
+            if grad_x_ahead:
+                prefetch_strip_write(at(grad_x, grad_x_ahead))
             grad_affine_strip(dy, x, STRIP, coefs, relu, training, grad_x, store)
         dy = at(dy, STRIP)
         x = at(x, STRIP)
@@ -1172,9 +1197,12 @@ def grad_affine_runs_as(
             if stream:
                 grad_affine_strips(at(dy_run, i), dy_ahead, at(x_run, i), x_ahead, n, at(run_coefs, j), each,
                                    relu, training, True, at(grad_x_run, i), grad_x_ahead)
-            else:
+            elif grad_x_ahead:
                 grad_affine_strips(at(dy_run, i), dy_ahead, at(x_run, i), x_ahead, n, at(run_coefs, j), each,
                                    relu, training, False, at(grad_x_run, i), grad_x_ahead)
+            else:
+                grad_affine_strips(at(dy_run, i), 0, at(x_run, i), 0, n, at(run_coefs, j), each,
+                                   relu, training, False, at(grad_x_run, i), 0)
             i += n * STRIP
             j = each * next_column(j, n * STRIP, width)
         grad_affine_rest(at(dy_run, i), at(x_run, i), length - i, at(run_coefs, j), relu, training, at(grad_x_run, i))
@@ -1208,8 +1236,12 @@ def grad_affine_rows_as(
         dy_row, x_row, grad_x_row = at(dy, row * dy_stride), at(x, row * x_stride), at(grad_x, row * grad_x_stride)
         if begin:
             grad_affine_rest(dy_row, x_row, begin, coefs, relu, training, grad_x_row)
-        grad_affine_strips(at(dy_row, begin), dy_ahead, at(x_row, begin), x_ahead, n_strips, at(coefs, begin), one,
-                           relu, training, False, at(grad_x_row, begin), grad_x_ahead)
+        if grad_x_ahead:
+            grad_affine_strips(at(dy_row, begin), dy_ahead, at(x_row, begin), x_ahead, n_strips, at(coefs, begin), one,
+                               relu, training, False, at(grad_x_row, begin), grad_x_ahead)
+        else:
+            grad_affine_strips(at(dy_row, begin), 0, at(x_row, begin), 0, n_strips, at(coefs, begin), one,
+                               relu, training, False, at(grad_x_row, begin), 0)
         if end < width:
             grad_affine_rest(at(dy_row, end), at(x_row, end), width - end, at(coefs, end), relu, training,
                              at(grad_x_row, end))
@@ -1288,12 +1320,12 @@ def grad_affine_pair(
 
 
 @inline
-def grad_affine_pairs_as(dy, x, n_pairs, width, coefs, relu, grad_x):
+def grad_affine_pairs_as(dy, x, n_pairs, width, coefs, relu, near, grad_x):
     for pair in range(n_pairs):
         for j in range(0, width, STRIP):
             rolled()
             i = 2 * pair * width + j
-            for r in range(2):
+            for r in range(0 if near else 2):
                 prefetch_strip(at(dy, i + r * width + AHEAD), False)
                 prefetch_strip(at(x, i + r * width + AHEAD), False)
                 prefetch_strip_write(at(grad_x, i + r * width + AHEAD))
@@ -1301,25 +1333,30 @@ def grad_affine_pairs_as(dy, x, n_pairs, width, coefs, relu, grad_x):
 
 
 @helper
-def grad_affine_pairs(dy, x, n_pairs, width, coefs, relu, grad_x):
+def grad_affine_pairs(dy, x, n_pairs, width, coefs, relu, near, grad_x):
     outline()
-    if relu:
-        grad_affine_pairs_as(dy, x, n_pairs, width, coefs, True, grad_x)
+    if relu and near:
+        grad_affine_pairs_as(dy, x, n_pairs, width, coefs, True, True, grad_x)
+    elif relu:
+        grad_affine_pairs_as(dy, x, n_pairs, width, coefs, True, False, grad_x)
+    elif near:
+        grad_affine_pairs_as(dy, x, n_pairs, width, coefs, False, True, grad_x)
     else:
-        grad_affine_pairs_as(dy, x, n_pairs, width, coefs, False, grad_x)
+        grad_affine_pairs_as(dy, x, n_pairs, width, coefs, False, False, grad_x)
 
 
 @inline
-def grad_affine_run(dy, dy_ahead, x, x_ahead, length, width, coefs, relu, training, stream, grad_x):
+def grad_affine_run(dy, dy_ahead, x, x_ahead, length, width, coefs, relu, training, stream, grad_x, grad_x_ahead):
     one = np.int64(1)
     n_pairs = count_pairs(x, length, width, stream or not training)
     begin = before_line(x) if n_pairs > 0 else 0
     done = begin + n_pairs * 2 * width
     if n_pairs > 0:
         grad_affine_rest(dy, x, begin, coefs, relu, training, grad_x)
-        grad_affine_pairs(at(dy, begin), at(x, begin), n_pairs, width, at(coefs, begin), relu, at(grad_x, begin))
+        grad_affine_pairs(at(dy, begin), at(x, begin), n_pairs, width, at(coefs, begin), relu, grad_x_ahead == 0,
+                          at(grad_x, begin))
     grad_affine_runs(at(dy, done), one, dy_ahead, at(x, done), one, x_ahead, one, length - done, width,
-                     at(coefs, begin), one, relu, training, stream, at(grad_x, done), one, one * AHEAD)
+                     at(coefs, begin), one, relu, training, stream, at(grad_x, done), one, grad_x_ahead)
 
 
 @inline
@@ -1339,7 +1376,7 @@ def grad_affine_task(
     step = ROWS * plan.fold
     segment = channels * plan.inner if plan.by_inner else width
     dy_ahead, x_ahead = lead(dy_stride, segment, stream), lead(x_stride, segment, stream)
-    grad_x_ahead = lead(grad_x_stride, segment, False)
+    grad_x_ahead = 0 if is_near(plan, size_of(x)) else lead(grad_x_stride, segment, False)
     stream_rows = stream and (plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride))
     one_run = not plan.by_inner and dy_stride == width and x_stride == width and grad_x_stride == width
     joined = stream and not stream_rows and grad_x_stride == width
@@ -1365,13 +1402,13 @@ def grad_affine_task(
         elif one_run:
             i = block.row * width
             grad_affine_run(at(dy, i), dy_ahead, at(x, i), x_ahead, block.n_rows * width, plan.fold * width,
-                            coefs, relu, training, stream, at(grad_x, i))
+                            coefs, relu, training, stream, at(grad_x, i), grad_x_ahead)
         elif width < NARROW and grad_x_stride == width:
             for r in range(block.row, last, step):
                 n = min(step, last - r)
                 grad_affine_run(gather(at(dy, r * dy_stride), dy_stride, n, width, dy_buffer), np.int64(0),
                                 gather(at(x, r * x_stride), x_stride, n, width, x_buffer), np.int64(0), n * width,
-                                plan.fold * width, coefs, relu, training, stream, at(grad_x, r * width))
+                                plan.fold * width, coefs, relu, training, stream, at(grad_x, r * width), grad_x_ahead)
         elif stream_rows:
             grad_affine_runs(at(dy, block.row * dy_stride), dy_stride, dy_ahead,
                              at(x, block.row * x_stride), x_stride, x_ahead, block.n_rows, width, width,
