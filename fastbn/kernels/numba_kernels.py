@@ -713,42 +713,83 @@ def affine_strips(
 
 
 @inline
-def affine_runs_as(x, stride, x_ahead, n_runs, length, width, coefs, each, relu, stream, y, y_stride, y_ahead):
+def affine_runs_as(x, stride, x_ahead, n_runs, length, width, coefs, relu, stream, y, y_stride, y_ahead):
+    one = np.int64(1)  # no literal: each would have a version of the loops of its own
     for run in range(n_runs):
-        x_run, y_run, run_coefs = at(x, run * stride), at(y, run * y_stride), at(coefs, run * (1 - each) * LANES)
+        x_run, y_run = at(x, run * stride), at(y, run * y_stride)
         i = j = 0
         if stream:
-            i = begin_stream(y_run, length, each * y_ahead)
-        elif each * length > width:  # several rows
+            i = begin_stream(y_run, length, y_ahead)
+        elif length > width:  # several rows
             i = min(length, before_line(x_run))
         if i:
-            affine_rest(x_run, i, run_coefs, relu, y_run)
-            j = each * next_column(0, i, width)
+            affine_rest(x_run, i, coefs, relu, y_run)
+            j = next_column(0, i, width)
         while i + STRIP <= length:
             n = strips_ahead(j, width, length - i)
             if stream:
-                affine_strips(at(x_run, i), x_ahead, n, at(run_coefs, j), each, relu, True, at(y_run, i), y_ahead)
+                affine_strips(at(x_run, i), x_ahead, n, at(coefs, j), one, relu, True, at(y_run, i), y_ahead)
             elif y_ahead:
-                affine_strips(at(x_run, i), x_ahead, n, at(run_coefs, j), each, relu, False, at(y_run, i), y_ahead)
+                affine_strips(at(x_run, i), x_ahead, n, at(coefs, j), one, relu, False, at(y_run, i), y_ahead)
             else:
-                affine_strips(at(x_run, i), 0, n, at(run_coefs, j), each, relu, False, at(y_run, i), 0)
+                affine_strips(at(x_run, i), 0, n, at(coefs, j), one, relu, False, at(y_run, i), 0)
             i += n * STRIP
-            j = each * next_column(j, n * STRIP, width)
-        affine_rest(at(x_run, i), length - i, at(run_coefs, j), relu, at(y_run, i))
+            j = next_column(j, n * STRIP, width)
+        affine_rest(at(x_run, i), length - i, at(coefs, j), relu, at(y_run, i))
 
 
 @helper
-def affine_runs(
-    x, stride, x_ahead, n_runs, length, width, coefs,
-    each,       # 1: every column has its coefficients, 0: every run has, one LANES times
-    relu, stream, y, y_stride, y_ahead,
-):
+def affine_runs(x, stride, x_ahead, n_runs, length, width, coefs, relu, stream, y, y_stride, y_ahead):
     """Runs that lie `stride` apart, each of them contiguous, as rows of `width`, the last of them perhaps shorter."""
     outline()
     if relu:
-        affine_runs_as(x, stride, x_ahead, n_runs, length, width, coefs, each, True, stream, y, y_stride, y_ahead)
+        affine_runs_as(x, stride, x_ahead, n_runs, length, width, coefs, True, stream, y, y_stride, y_ahead)
     else:
-        affine_runs_as(x, stride, x_ahead, n_runs, length, width, coefs, each, False, stream, y, y_stride, y_ahead)
+        affine_runs_as(x, stride, x_ahead, n_runs, length, width, coefs, False, stream, y, y_stride, y_ahead)
+
+
+@inline
+def affine_channels_as(x, x_ahead, channels, inner, coefs, relu, stream, y, y_ahead):
+    none = np.int64(0)
+    length = channels * inner
+    i = min(length, begin_stream(y, length, none) if stream else before_line(x))
+    left = inner - i  # of the channel
+    affine_rest(x, i, coefs, relu, y)
+    while i + STRIP <= length:
+        n = left // STRIP
+        if stream:
+            affine_strips(at(x, i), x_ahead, n, coefs, none, relu, True, at(y, i), y_ahead)
+        elif y_ahead:
+            affine_strips(at(x, i), x_ahead, n, coefs, none, relu, False, at(y, i), y_ahead)
+        else:
+            affine_strips(at(x, i), 0, n, coefs, none, relu, False, at(y, i), 0)
+        i += n * STRIP
+        left -= n * STRIP
+        if i + STRIP <= length:
+            affine_strips(at(x, i), x_ahead, 1, at(coefs, LANES - left), none, relu, stream, at(y, i), y_ahead)
+            i += STRIP
+            left += inner - STRIP
+            coefs = at(coefs, LANES)
+    affine_rest(at(x, i), length - i, coefs, relu, at(y, i))
+
+
+@helper
+def affine_channels(
+    x, x_ahead, channels, inner,
+    coefs,      # each channel's LANES times
+    relu, stream, y, y_ahead,
+):
+    """Channels that lie one behind the other, as one run: with the last lane of a channel's coefficients lies the next
+    one's first, so a strip may run over its end."""
+    outline()
+    if relu and stream:
+        affine_channels_as(x, x_ahead, channels, inner, coefs, True, True, y, y_ahead)
+    elif relu:
+        affine_channels_as(x, x_ahead, channels, inner, coefs, True, False, y, y_ahead)
+    elif stream:
+        affine_channels_as(x, x_ahead, channels, inner, coefs, False, True, y, y_ahead)
+    else:
+        affine_channels_as(x, x_ahead, channels, inner, coefs, False, False, y, y_ahead)
 
 
 @inline
@@ -853,14 +894,14 @@ def affine_pairs(x, n_pairs, width, coefs, relu, near, y):
 
 @inline
 def affine_run(x, x_ahead, length, width, coefs, relu, stream, y, y_ahead):
-    one = np.int64(1)  # no literal: each would have a version of the loops of its own
+    one = np.int64(1)
     n_pairs = count_pairs(x, length, width, stream)
     begin = before_line(x) if n_pairs > 0 else 0
     done = begin + n_pairs * 2 * width
     if n_pairs > 0:
         affine_rest(x, begin, coefs, relu, y)
         affine_pairs(at(x, begin), n_pairs, width, at(coefs, begin), relu, y_ahead == 0, at(y, begin))
-    affine_runs(at(x, done), one, x_ahead, one, length - done, width, at(coefs, begin), one, relu, stream,
+    affine_runs(at(x, done), one, x_ahead, one, length - done, width, at(coefs, begin), relu, stream,
                 at(y, done), one, y_ahead)
 
 
@@ -886,7 +927,6 @@ def affine_task(
     lines = y if stream else x  # the strips begin with its lines
     aligned = not plan.by_inner and (one_run or joined or on_lines(lines, y_stride if stream else stride, width))
     coefs = place_coefs(memory, before_line(lines) if aligned else 0)
-    each = 0 if plan.by_inner else 1
     spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
     x = at(x, c0 * plan.inner)
     y = at(y, c0 * plan.inner)
@@ -894,9 +934,12 @@ def affine_task(
         block = block_within(plan, index, band)
         last = block.row + block.n_rows
         if plan.by_inner:
+            n = channels if block.length == plan.inner else 1  # channels that lie one behind the other
             for r in range(block.row, last):
-                affine_runs(at(x, r * stride + block.start), plan.inner, x_ahead, channels, block.length, block.length,
-                            coefs, each, relu, stream, at(y, r * y_stride + block.start), plan.inner, y_ahead)
+                for c in range(channels // n):
+                    i = c * plan.inner + block.start
+                    affine_channels(at(x, r * stride + i), x_ahead, n, block.length, at(coefs, c * LANES), relu, stream,
+                                    at(y, r * y_stride + i), y_ahead)
         elif one_run:
             i = block.row * width
             affine_run(at(x, i), x_ahead, block.n_rows * width, plan.fold * width, coefs, relu, stream, at(y, i),
@@ -907,8 +950,8 @@ def affine_task(
                 affine_run(gather(at(x, r * stride), stride, n, width, x_buffer), np.int64(0), n * width,
                            plan.fold * width, coefs, relu, stream, at(y, r * width), y_ahead)
         elif stream_rows:
-            affine_runs(at(x, block.row * stride), stride, x_ahead, block.n_rows, width, width, coefs, each,
-                        relu, stream_rows, at(y, block.row * y_stride), y_stride, y_ahead)
+            affine_runs(at(x, block.row * stride), stride, x_ahead, block.n_rows, width, width, coefs, relu,
+                        stream_rows, at(y, block.row * y_stride), y_stride, y_ahead)
         elif joined:
             affine_joined(at(x, block.row * stride), stride, x_ahead, block.n_rows, width, coefs, relu,
                           at(y, block.row * width))
@@ -1178,49 +1221,101 @@ def grad_affine_strips(dy, dy_ahead, x, x_ahead, n_strips, coefs, each, relu, tr
 
 @inline
 def grad_affine_runs_as(
-    dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_runs, length, width, coefs, each, relu, training, stream,
+    dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_runs, length, width, coefs, relu, training, stream,
     grad_x, grad_x_stride, grad_x_ahead,
 ):
+    one = np.int64(1)
     for run in range(n_runs):
-        dy_run, x_run = at(dy, run * dy_stride), at(x, run * x_stride)
-        grad_x_run, run_coefs = at(grad_x, run * grad_x_stride), at(coefs, run * (1 - each) * LANES)
+        dy_run, x_run, grad_x_run = at(dy, run * dy_stride), at(x, run * x_stride), at(grad_x, run * grad_x_stride)
         i = j = 0
         if stream:
-            i = begin_stream(grad_x_run, length, each * grad_x_ahead)
-        elif each * length > width:  # several rows
+            i = begin_stream(grad_x_run, length, grad_x_ahead)
+        elif length > width:  # several rows
             i = min(length, before_line(x_run))
         if i:
-            grad_affine_rest(dy_run, x_run, i, run_coefs, relu, training, grad_x_run)
-            j = each * next_column(0, i, width)
+            grad_affine_rest(dy_run, x_run, i, coefs, relu, training, grad_x_run)
+            j = next_column(0, i, width)
         while i + STRIP <= length:
             n = strips_ahead(j, width, length - i)
             if stream:
-                grad_affine_strips(at(dy_run, i), dy_ahead, at(x_run, i), x_ahead, n, at(run_coefs, j), each,
+                grad_affine_strips(at(dy_run, i), dy_ahead, at(x_run, i), x_ahead, n, at(coefs, j), one,
                                    relu, training, True, at(grad_x_run, i), grad_x_ahead)
             elif grad_x_ahead:
-                grad_affine_strips(at(dy_run, i), dy_ahead, at(x_run, i), x_ahead, n, at(run_coefs, j), each,
+                grad_affine_strips(at(dy_run, i), dy_ahead, at(x_run, i), x_ahead, n, at(coefs, j), one,
                                    relu, training, False, at(grad_x_run, i), grad_x_ahead)
             else:
-                grad_affine_strips(at(dy_run, i), 0, at(x_run, i), 0, n, at(run_coefs, j), each,
+                grad_affine_strips(at(dy_run, i), 0, at(x_run, i), 0, n, at(coefs, j), one,
                                    relu, training, False, at(grad_x_run, i), 0)
             i += n * STRIP
-            j = each * next_column(j, n * STRIP, width)
-        grad_affine_rest(at(dy_run, i), at(x_run, i), length - i, at(run_coefs, j), relu, training, at(grad_x_run, i))
+            j = next_column(j, n * STRIP, width)
+        grad_affine_rest(at(dy_run, i), at(x_run, i), length - i, at(coefs, j), relu, training, at(grad_x_run, i))
 
 
 @helper
 def grad_affine_runs(
-    dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_runs, length, width, coefs, each, relu, training, stream,
+    dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_runs, length, width, coefs, relu, training, stream,
     grad_x, grad_x_stride, grad_x_ahead,
 ):
     """Runs that lie apart, each of them contiguous, as rows of `width`, the last of them perhaps shorter."""
     outline()
     if relu:
-        grad_affine_runs_as(dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_runs, length, width, coefs, each,
+        grad_affine_runs_as(dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_runs, length, width, coefs,
                             True, training, stream, grad_x, grad_x_stride, grad_x_ahead)
     else:
-        grad_affine_runs_as(dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_runs, length, width, coefs, each,
+        grad_affine_runs_as(dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_runs, length, width, coefs,
                             False, training, stream, grad_x, grad_x_stride, grad_x_ahead)
+
+
+@inline
+def grad_affine_channels_as(
+    dy, dy_ahead, x, x_ahead, channels, inner, coefs, relu, training, stream, grad_x, grad_x_ahead,
+):
+    none = np.int64(0)
+    length = channels * inner
+    i = min(length, begin_stream(grad_x, length, none) if stream else before_line(x))
+    left = inner - i  # of the channel
+    grad_affine_rest(dy, x, i, coefs, relu, training, grad_x)
+    while i + STRIP <= length:
+        n = left // STRIP
+        if stream:
+            grad_affine_strips(at(dy, i), dy_ahead, at(x, i), x_ahead, n, coefs, none, relu, training, True,
+                               at(grad_x, i), grad_x_ahead)
+        elif grad_x_ahead:
+            grad_affine_strips(at(dy, i), dy_ahead, at(x, i), x_ahead, n, coefs, none, relu, training, False,
+                               at(grad_x, i), grad_x_ahead)
+        else:
+            grad_affine_strips(at(dy, i), 0, at(x, i), 0, n, coefs, none, relu, training, False, at(grad_x, i), 0)
+        i += n * STRIP
+        left -= n * STRIP
+        if i + STRIP <= length:
+            grad_affine_strips(at(dy, i), dy_ahead, at(x, i), x_ahead, 1, at(coefs, LANES - left), none, relu, training,
+                               stream, at(grad_x, i), grad_x_ahead)
+            i += STRIP
+            left += inner - STRIP
+            coefs = at(coefs, LANES)
+    grad_affine_rest(at(dy, i), at(x, i), length - i, coefs, relu, training, at(grad_x, i))
+
+
+@helper
+def grad_affine_channels(
+    dy, dy_ahead, x, x_ahead, channels, inner,
+    coefs,      # each channel's LANES times
+    relu, training, stream, grad_x, grad_x_ahead,
+):
+    """Channels that lie one behind the other, as one run: a strip may run over the end of a channel."""
+    outline()
+    if relu and stream:
+        grad_affine_channels_as(dy, dy_ahead, x, x_ahead, channels, inner, coefs, True, training, True,
+                                grad_x, grad_x_ahead)
+    elif relu:
+        grad_affine_channels_as(dy, dy_ahead, x, x_ahead, channels, inner, coefs, True, training, False,
+                                grad_x, grad_x_ahead)
+    elif stream:
+        grad_affine_channels_as(dy, dy_ahead, x, x_ahead, channels, inner, coefs, False, training, True,
+                                grad_x, grad_x_ahead)
+    else:
+        grad_affine_channels_as(dy, dy_ahead, x, x_ahead, channels, inner, coefs, False, training, False,
+                                grad_x, grad_x_ahead)
 
 
 @inline
@@ -1356,7 +1451,7 @@ def grad_affine_run(dy, dy_ahead, x, x_ahead, length, width, coefs, relu, traini
         grad_affine_pairs(at(dy, begin), at(x, begin), n_pairs, width, at(coefs, begin), relu, grad_x_ahead == 0,
                           at(grad_x, begin))
     grad_affine_runs(at(dy, done), one, dy_ahead, at(x, done), one, x_ahead, one, length - done, width,
-                     at(coefs, begin), one, relu, training, stream, at(grad_x, done), one, grad_x_ahead)
+                     at(coefs, begin), relu, training, stream, at(grad_x, done), one, grad_x_ahead)
 
 
 @inline
@@ -1384,7 +1479,6 @@ def grad_affine_task(
     aligned = not plan.by_inner and (
         one_run or joined or on_lines(lines, grad_x_stride if stream else x_stride, width))
     coefs = place_coefs(memory, before_line(lines) if aligned else 0)
-    each = 0 if plan.by_inner else 1
     spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
     spread_rows(linear, 4, plan, c0, channels, at(coefs, FACTOR))
     dy = at(dy, c0 * plan.inner)
@@ -1394,11 +1488,13 @@ def grad_affine_task(
         block = block_within(plan, index, band)
         last = block.row + block.n_rows
         if plan.by_inner:
+            n = channels if block.length == plan.inner else 1  # channels that lie one behind the other
             for r in range(block.row, last):
-                grad_affine_runs(at(dy, r * dy_stride + block.start), plan.inner, dy_ahead,
-                                 at(x, r * x_stride + block.start), plan.inner, x_ahead, channels,
-                                 block.length, block.length, coefs, each, relu, training, stream,
-                                 at(grad_x, r * grad_x_stride + block.start), plan.inner, grad_x_ahead)
+                for c in range(channels // n):
+                    i = c * plan.inner + block.start
+                    grad_affine_channels(at(dy, r * dy_stride + i), dy_ahead, at(x, r * x_stride + i), x_ahead,
+                                         n, block.length, at(coefs, c * LANES), relu, training, stream,
+                                         at(grad_x, r * grad_x_stride + i), grad_x_ahead)
         elif one_run:
             i = block.row * width
             grad_affine_run(at(dy, i), dy_ahead, at(x, i), x_ahead, block.n_rows * width, plan.fold * width,
@@ -1412,7 +1508,7 @@ def grad_affine_task(
         elif stream_rows:
             grad_affine_runs(at(dy, block.row * dy_stride), dy_stride, dy_ahead,
                              at(x, block.row * x_stride), x_stride, x_ahead, block.n_rows, width, width,
-                             coefs, each, relu, training, stream_rows,
+                             coefs, relu, training, stream_rows,
                              at(grad_x, block.row * grad_x_stride), grad_x_stride, grad_x_ahead)
         elif joined:
             grad_affine_joined(at(dy, block.row * dy_stride), dy_stride, dy_ahead,
