@@ -43,7 +43,8 @@ LAYOUTS = {
     **{f"inner {n}": Layout((67, 7, n)) for n in (2, 3, 5, 8, 16, 17, 31)},
     "inner 4, wide": Layout((40, 300, 4)),
     "inner 31, wide": Layout((9, 70, 31)),
-    # many: swept along the inner axis
+    **{f"inner {n}, 41 rows": Layout((41, 12, n)) for n in (32, 49, 63)},
+    # many, or of few rows: swept along the inner axis
     **{f"inner {n}": Layout((6, 40, n)) for n in (32, 33, 49, 196)},
     "inner 3136": Layout((3, 4, 3136)),
     "inner 196, tall": Layout((260, 3, 196)),

@@ -41,7 +41,8 @@ GRAD_ROWS = 4          # and a step of two arrays, whose rows share the few plac
 STRIP = 16             # columns a step: a literal, the size of the strip's vectors
 TILE = 512             # columns whose accumulators a task keeps on its stack (12 KiB of L1)
 LANES = STRIP          # accumulators a channel where the inner axis is swept: one strip
-SHORT_INNER = 32       # inner axes shorter than this are swept as columns
+SHORT_INNER = 64       # inner axes shorter than this are swept as columns,
+FEW_ROWS = 16          # of fewer rows only those half as short
 INNER_TILE = 8         # channels a tile where the inner axis is swept, at most
 INNER_TILE_SIZE = 1 << 17  # and elements a tile, so that it stays in the cache
 BLOCK_ROWS = 128       # wide rows a block; a block has one pivot
@@ -118,7 +119,7 @@ def ceil_div(a, b):
 
 @helper
 def make_plan(outer, channels, inner):
-    by_inner = inner >= SHORT_INNER
+    by_inner = inner >= (SHORT_INNER // 2 if outer < FEW_ROWS else SHORT_INNER)
     repeat = LANES if by_inner else inner
     tile = INNER_TILE if by_inner else TILE // repeat
     while by_inner and tile > 1 and tile * outer * inner > INNER_TILE_SIZE:  # halved: tiles divide among threads
