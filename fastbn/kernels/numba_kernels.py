@@ -59,6 +59,7 @@ ROWS_AHEAD = 2 * ROWS  # wide rows that they fetch ahead into L2
 AHEAD = 512            # elements that runs and the elementwise passes fetch ahead
 FAR_AHEAD = 2048       # and where the data will not be in a cache, into L2 instead
 SERIAL_MERGES = 32768  # below so many partial results one thread merges them: starting the team takes longer
+PAGE = 4096            # bytes
 BUFFER = ROWS * TILE   # elements of a task's buffers
 BOTH = 2 * STRIP
 SUMS_PITCH = TILE + 128  # from one of a tile's sums to the next: 4 KiB apart, stores would hold up loads
@@ -653,6 +654,19 @@ def next_column(j, n_columns, width):
 
 
 @helper
+def trails(y, x):
+    """Whether y lies less than two strips behind x, not counting whole pages. The processor tells loads from the stores
+    before them by the place in the page: x's next strip would wait for the strip of y that was just stored."""
+    return (address(y) - address(x) - 1) & (PAGE - 1) < 2 * STRIP * size_of(y) - 1
+
+
+@helper
+def grad_goes_back(grad_x, dy, x):
+    """Whether to take strips from the last one on, with two inputs of which either may be in the way."""
+    return (trails(grad_x, dy) or trails(grad_x, x)) and not (trails(dy, grad_x) or trails(x, grad_x))
+
+
+@helper
 def strips_ahead(j, width, length):
     """How many whole strips begin between column j and the end of its row, with `length` elements left."""
     return min(ceil_div(width - j, STRIP), length // STRIP)
@@ -698,6 +712,11 @@ def affine_strips(
     x, x_ahead, n_strips, coefs, each, relu, stream, y,
     y_ahead,    # 0: all of it is near, fetch nothing ahead
 ):
+    step = STRIP
+    if trails(y, x):  # from the last one on
+        end = (n_strips - 1) * STRIP
+        x, y, coefs = at(x, end), at(y, end), at(coefs, each * end)
+        step = -STRIP
     for _ in range(n_strips):
         rolled()
         if stream or y_ahead:
@@ -708,9 +727,9 @@ def affine_strips(
             if y_ahead:
                 prefetch_strip_write(at(y, y_ahead))
             affine_strip(x, STRIP, coefs, relu, y, store)
-        x = at(x, STRIP)
-        y = at(y, STRIP)
-        coefs = at(coefs, each * STRIP)
+        x = at(x, step)
+        y = at(y, step)
+        coefs = at(coefs, each * step)
 
 
 @inline
@@ -870,9 +889,11 @@ def affine_pair(
 
 @inline
 def affine_pairs_as(x, n_pairs, width, coefs, relu, near, y):
+    first, step = (width - STRIP, -STRIP) if trails(y, x) else (0, STRIP)
     for pair in range(n_pairs):
-        for j in range(0, width, STRIP):
+        for strip in range(width // STRIP):
             rolled()
+            j = first + strip * step
             i = 2 * pair * width + j
             for r in range(0 if near else 2):
                 prefetch_strip(at(x, i + r * width + AHEAD), False)
@@ -1203,6 +1224,11 @@ def grad_affine_rest(dy, x, n_columns, coefs, relu, training, grad_x):
 
 @inline
 def grad_affine_strips(dy, dy_ahead, x, x_ahead, n_strips, coefs, each, relu, training, stream, grad_x, grad_x_ahead):
+    step = STRIP
+    if grad_goes_back(grad_x, dy, x):
+        end = (n_strips - 1) * STRIP
+        dy, x, grad_x, coefs = at(dy, end), at(x, end), at(grad_x, end), at(coefs, each * end)
+        step = -STRIP
     for _ in range(n_strips):
         rolled()
         if stream or grad_x_ahead:
@@ -1214,10 +1240,10 @@ def grad_affine_strips(dy, dy_ahead, x, x_ahead, n_strips, coefs, each, relu, tr
             if grad_x_ahead:
                 prefetch_strip_write(at(grad_x, grad_x_ahead))
             grad_affine_strip(dy, x, STRIP, coefs, relu, training, grad_x, store)
-        dy = at(dy, STRIP)
-        x = at(x, STRIP)
-        grad_x = at(grad_x, STRIP)
-        coefs = at(coefs, each * STRIP)
+        dy = at(dy, step)
+        x = at(x, step)
+        grad_x = at(grad_x, step)
+        coefs = at(coefs, each * step)
 
 
 @inline
@@ -1417,9 +1443,11 @@ def grad_affine_pair(
 
 @inline
 def grad_affine_pairs_as(dy, x, n_pairs, width, coefs, relu, near, grad_x):
+    first, step = (width - STRIP, -STRIP) if grad_goes_back(grad_x, dy, x) else (0, STRIP)
     for pair in range(n_pairs):
-        for j in range(0, width, STRIP):
+        for strip in range(width // STRIP):
             rolled()
+            j = first + strip * step
             i = 2 * pair * width + j
             for r in range(0 if near else 2):
                 prefetch_strip(at(dy, i + r * width + AHEAD), False)
