@@ -661,9 +661,16 @@ def trails(y, x):
 
 
 @helper
-def grad_goes_back(grad_x, dy, x):
-    """Whether to take strips from the last one on, with two inputs of which either may be in the way."""
-    return (trails(grad_x, dy) or trails(grad_x, x)) and not (trails(dy, grad_x) or trails(x, grad_x))
+def goes_back(y, x, each):
+    """Whether to take strips from the last one on; of images (each = 0) that takes longer."""
+    return each != 0 and trails(y, x)
+
+
+@helper
+def grad_goes_back(grad_x, dy, x, each):
+    """The same with two inputs, of which either may be in the way."""
+    return ((goes_back(grad_x, dy, each) or goes_back(grad_x, x, each))
+            and not (trails(dy, grad_x) or trails(x, grad_x)))
 
 
 @helper
@@ -713,7 +720,7 @@ def affine_strips(
     y_ahead,    # 0: all of it is near, fetch nothing ahead
 ):
     step = STRIP
-    if trails(y, x):  # from the last one on
+    if goes_back(y, x, each):
         end = (n_strips - 1) * STRIP
         x, y, coefs = at(x, end), at(y, end), at(coefs, each * end)
         step = -STRIP
@@ -889,7 +896,7 @@ def affine_pair(
 
 @inline
 def affine_pairs_as(x, n_pairs, width, coefs, relu, near, y):
-    first, step = (width - STRIP, -STRIP) if trails(y, x) else (0, STRIP)
+    first, step = (width - STRIP, -STRIP) if goes_back(y, x, 1) else (0, STRIP)
     for pair in range(n_pairs):
         for strip in range(width // STRIP):
             rolled()
@@ -1225,7 +1232,7 @@ def grad_affine_rest(dy, x, n_columns, coefs, relu, training, grad_x):
 @inline
 def grad_affine_strips(dy, dy_ahead, x, x_ahead, n_strips, coefs, each, relu, training, stream, grad_x, grad_x_ahead):
     step = STRIP
-    if grad_goes_back(grad_x, dy, x):
+    if grad_goes_back(grad_x, dy, x, each):
         end = (n_strips - 1) * STRIP
         dy, x, grad_x, coefs = at(dy, end), at(x, end), at(grad_x, end), at(coefs, each * end)
         step = -STRIP
@@ -1443,7 +1450,7 @@ def grad_affine_pair(
 
 @inline
 def grad_affine_pairs_as(dy, x, n_pairs, width, coefs, relu, near, grad_x):
-    first, step = (width - STRIP, -STRIP) if grad_goes_back(grad_x, dy, x) else (0, STRIP)
+    first, step = (width - STRIP, -STRIP) if grad_goes_back(grad_x, dy, x, 1) else (0, STRIP)
     for pair in range(n_pairs):
         for strip in range(width // STRIP):
             rolled()
