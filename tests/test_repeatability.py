@@ -191,7 +191,8 @@ def test_every_distance_within_a_page(compiled, dtype, layout):
     x, grad_y, gamma, beta, axis = drawn(layout, dtype)
     expected = everything(x, grad_y, gamma, beta, axis, backend=compiled)
     for distance in range(-288, 289, 8):
-        moved = at_address(x, 1024, PAGE), at_address(grad_y, 1024 + distance // 3 // 8 * 8, PAGE)
+        between_inputs = distance // 24 * 8
+        moved = at_address(x, 1024, PAGE), at_address(grad_y, 1024 + between_inputs, PAGE)
         outs = [at_address(np.full_like(x, np.nan), 1024 + distance, PAGE) for _ in range(3)]
         assert_all_the_same(everything(*moved, gamma, beta, axis, backend=compiled, outs=outs), expected)
         assert all(is_untouched_around(out) for out in outs)

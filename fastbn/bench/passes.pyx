@@ -35,13 +35,13 @@ cdef extern from *:
 
 cdef enum:
     PIECE = 1024          # lines
-    GROUP = 32            # lines
+    GROUP = 32            # lines taken from the last one on, where loads would wait for stores
     ROWS = 128            # that lie apart, dealt to a thread at once
     AHEAD = 64            # lines fetched ahead of large inputs; of small ones none, which is faster in a cache
     FAR_AHEAD = 2 * AHEAD  # into L2, of two inputs: 262144x256 on Zen 4 10 % faster; reads and copies are not,
     # but for copies that go back
     LARGE_BYTES = 1 << 24
-    PAGE = 4096
+    PAGE = 4096           # bytes
     STREAM_BYTES = 20 << 20  # of inputs and output: from here on the output bypasses the caches, as the kernels' does
 
 

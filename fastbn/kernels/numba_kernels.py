@@ -662,7 +662,7 @@ def trails(y, x):
 
 @helper
 def goes_back(y, x, each):
-    """Whether to take strips from the last one on; of images (each = 0) that takes longer."""
+    """Whether to take strips from the last one on; not those of images (each = 0), which would take longer."""
     return each != 0 and trails(y, x)
 
 
