@@ -1119,6 +1119,9 @@ cdef inline void grad_sums_strip(
     cdef double dy_row[STRIP]
     cdef double x_row[STRIP]
     cdef Py_ssize_t r, j
+    cdef double one = 1
+    if floating is float and VECTOR_BYTES == LINE:  # as in sums_strip: up to 5 % less time in the caches; AVX2 6 to 10 % longer
+        one = hidden_one()
     for j in range(n_columns):
         strip1[j] = 0
         strip2[j] = 0
@@ -1131,8 +1134,8 @@ cdef inline void grad_sums_strip(
             load_row(dy + r * dy_stride, n_columns, dy_row)
         load_row(x + r * x_stride, n_columns, x_row)
         for j in range(n_columns):
-            strip1[j] += dy_row[j]
-            strip2[j] += dy_row[j] * (x_row[j] - mean[j])
+            strip1[j] += dy_row[j] * one
+            strip2[j] += dy_row[j] * (x_row[j] * one - mean[j])
     for j in range(n_columns):
         s1[j] += strip1[j]
         s2[j] += strip2[j]
