@@ -1120,7 +1120,7 @@ cdef inline void grad_sums_strip(
     cdef double x_row[STRIP]
     cdef Py_ssize_t r, j
     cdef double one = 1
-    if floating is float and VECTOR_BYTES == LINE:  # as in sums_strip: up to 5 % less time in the caches; AVX2 6 to 10 % longer
+    if floating is float and VECTOR_BYTES == LINE:  # as in sums_strip: up to 5 % less time; AVX2 6 to 10 % longer
         one = hidden_one()
     for j in range(n_columns):
         strip1[j] = 0
