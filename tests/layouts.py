@@ -24,6 +24,8 @@ LAYOUTS = {
     "4999x20": Layout((4999, 20)),
     "1301x77": Layout((1301, 77)),
     "1000x64": Layout((1000, 64)),
+    "3001x32": Layout((3001, 32)),
+    "40007x2": Layout((40007, 2)),
     "260x512": Layout((260, 512)),
     "260x513": Layout((260, 513)),
     "70x1000": Layout((70, 1000)),
@@ -34,6 +36,9 @@ LAYOUTS = {
     # a step between rows
     "every other row": Layout((4001, 20), view=lambda x: x[::2], rows=True),
     "every other row of 77": Layout((4001, 77), view=lambda x: x[::2], rows=True),
+    "every other row of 64": Layout((2711, 64), view=lambda x: x[::2], rows=True),
+    "every other row of 32": Layout((6007, 32), view=lambda x: x[::2], rows=True),
+    "every third row of 4": Layout((24_007, 4), view=lambda x: x[::3], rows=True),
     "rows reversed": Layout((2001, 20), view=lambda x: x[::-1], rows=True),
     "some columns": Layout((1201, 80), view=lambda x: x[:, 1:-2], rows=True),
     "one column": Layout((801, 9), view=lambda x: x[:, 4:5], rows=True),
@@ -43,6 +48,7 @@ LAYOUTS = {
     # several values a row and channel, few: swept as columns
     **{f"inner {n}": Layout((67, 7, n)) for n in (2, 3, 5, 8, 16, 17, 31)},
     "inner 4, wide": Layout((40, 300, 4)),
+    "inner 4, 16 channels": Layout((701, 16, 4)),
     "inner 31, wide": Layout((9, 70, 31)),
     **{f"inner {n}, 41 rows": Layout((41, 12, n)) for n in (32, 49, 63)},
     # many, or of few rows: swept along the inner axis
@@ -72,6 +78,7 @@ PAST_THE_CACHES = {  # the outputs of all these bypass the caches
     "every other row": Layout((180_002, 48), view=lambda x: x[::2], rows=True),
     "rows reversed": Layout((90_001, 77), view=lambda x: x[::-1], rows=True),
     "every other row of 24": Layout((360_002, 24), view=lambda x: x[::2], rows=True),
+    "every other row of 16": Layout((540_002, 16), view=lambda x: x[::2], rows=True),
     "some columns": Layout((9001, 620), view=lambda x: x[:, 1:-2], rows=True),
     "260x16385": Layout((260, 16_385)),  # a last tile of one column
 }

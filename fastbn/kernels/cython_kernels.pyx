@@ -22,6 +22,7 @@ cdef extern from "machine.h" nogil:
     void load_floats(double* row, const float* x, Py_ssize_t n)
     void load_doubles(double* row, const double* x, Py_ssize_t n)
     double hidden_one()
+    double hidden_zero()
     const void* hidden(const void* pointer)
     void stream_line(void* target, const void* source)
     void stream_end()
@@ -36,6 +37,9 @@ cdef enum:
     # the sums of 256x512 5 % longer, of 4096x1024 twice as long (rows 4 KiB apart), of float64 1.5 times.
     STRIP = 16            # columns a step: a constant, so that the compiler unrolls and vectorises the strip
     TILE = 512            # columns whose accumulators a task keeps on its stack (12 KiB of L1)
+    HELD = 64             # narrow rows that make up so many columns are summed with the accumulators in registers,
+    # AVX-512's 32 (16384x64: moments 0.9 of the time, sums of the backward 0.83; float64 both 0.65) ...
+    HELD_ROWS = 64        # ... for so many wide rows, as many as the buffers for rows apart hold
     LANES = STRIP         # accumulators a channel where the inner axis is swept: one strip
     SHORT_INNER = 64      # inner axes shorter than this are swept as columns (64x512x7x7: moments half the time,
     # forward and backward 0.7), of few rows only those half as short (2x512x7x7: 1.5 times the time)
@@ -89,6 +93,7 @@ cdef struct Plan:
     bint by_inner          # sweep along the inner axis instead of across the columns
     Py_ssize_t repeat      # accumulators side by side that belong to one channel
     Py_ssize_t fold        # rows laid side by side to make a wide row (narrow data)
+    Py_ssize_t sums_fold   # and for the sums, of HELD columns where rows make up just so many
     Py_ssize_t tile        # channels a tile
     Py_ssize_t n_tiles
     Py_ssize_t block_outer  # outer rows a block
@@ -140,6 +145,9 @@ cdef Plan make_plan(Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner) noe
             plan.fold *= 2
         plan.block_inner = inner
         plan.block_outer = plan.fold * BLOCK_ROWS
+    plan.sums_fold = plan.fold
+    if VECTOR_BYTES == LINE and HELD % (channels * inner) == 0 and plan.fold * channels * inner >= HELD:
+        plan.sums_fold = HELD // (channels * inner)
     plan.n_segments = ceil_div(inner, plan.block_inner)
     plan.n_blocks = ceil_div(outer, plan.block_outer) * plan.n_segments
     plan.chunk = ceil_div(plan.n_blocks, MAX_CHUNKS)
@@ -219,6 +227,17 @@ cdef inline floating* first_line(floating* memory) noexcept nogil:
     return memory + before_line(memory)
 
 
+cdef inline bint is_held(Py_ssize_t width) noexcept nogil:
+    """Whether rows of so many columns are summed with the accumulators in registers. Shorter vectors have fewer of
+    those: strip by strip, AVX2 took 5 to 10 % longer from the third cache on."""
+    return VECTOR_BYTES == LINE and width == HELD
+
+
+cdef inline Py_ssize_t step_rows(const Plan* plan) noexcept nogil:
+    """How many rows that lie apart are summed at a time."""
+    return (HELD_ROWS if is_held(plan.sums_fold * plan.channels * plan.repeat) else ROWS) * plan.sums_fold
+
+
 cdef inline bint is_far(const Plan* plan, Py_ssize_t itemsize) noexcept nogil:
     """Whether inputs of so many bytes an element will not be in a cache."""
     return plan.outer * plan.channels * plan.inner * itemsize >= FAR_BYTES
@@ -244,6 +263,15 @@ cdef inline void prefetch_strip(const floating* x, bint far) noexcept nogil:
             prefetch_far(<const char*>x + i * LINE)
         else:
             prefetch(<const char*>x + i * LINE)
+
+
+cdef inline void prefetch_row(const floating* x, Py_ssize_t stride, Py_ssize_t n_columns) noexcept nogil:
+    """Of rows of HELD columns: these columns of rows further on, into L1 and into L2, the latter from as far as of wide
+    rows (300000x64, of 8 instead of 128 rows: 5 % longer)."""
+    cdef Py_ssize_t j
+    for j in range(n_columns // STRIP):
+        prefetch_strip(x + AHEAD // HELD * stride + j * STRIP, False)
+        prefetch_strip(x + ROWS_AHEAD * TILE // HELD * stride + j * STRIP, True)
 
 
 cdef inline void prefetch_strip_write(const floating* y) noexcept nogil:
@@ -292,14 +320,15 @@ cdef inline void sums_strip(
     Py_ssize_t stride,
     Py_ssize_t n_rows,
     Py_ssize_t n_columns,
+    bint far,                  # IN   whether to fetch ahead
     const double* pivot,       # IN   (n_columns,)
     double* s1,                # INOUT
     double* s2,                # INOUT
 ) noexcept nogil:
     # Into arrays of their own: float64 data could be s1 or s2 for all the compiler knows, and took twice as long.
-    cdef double strip1[STRIP]
-    cdef double strip2[STRIP]
-    cdef double row[STRIP]
+    cdef double strip1[HELD]
+    cdef double strip2[HELD]
+    cdef double row[HELD]
     cdef Py_ssize_t r, j
     cdef double d, one = 1
     if floating is float:  # then the conversions keep the adders busy (Zen 4: 256x512 and images 4 % less time)
@@ -311,6 +340,8 @@ cdef inline void sums_strip(
         strip2[j] = d * d  # from zeros, 5 % longer in L2
     # Row by row, so that a row is converted just before its use (256x512: column by column took 3 to 22 % longer).
     for r in range(1, n_rows):
+        if far:
+            prefetch_row(x + r * stride, stride, n_columns)
         load_row(x + r * stride, n_columns, row)
         for j in range(n_columns):
             d = row[j] - pivot[j]
@@ -360,16 +391,16 @@ cdef inline void sums_group(
         if floating is float and far and stride == LANES:
             for r in range(n_rows, 2 * n_rows):
                 prefetch(x + r * LANES)
-        sums_strip(<const floating*>hidden(x + j), stride, n_rows, STRIP, pivot + j, s1 + j, s2 + j)
+        sums_strip(<const floating*>hidden(x + j), stride, n_rows, STRIP, False, pivot + j, s1 + j, s2 + j)
         j += STRIP
     if (width - j) & 8:
-        sums_strip(x + j, stride, n_rows, 8, pivot + j, s1 + j, s2 + j)
+        sums_strip(x + j, stride, n_rows, 8, False, pivot + j, s1 + j, s2 + j)
         j += 8
     if (width - j) & 4:
-        sums_strip(x + j, stride, n_rows, 4, pivot + j, s1 + j, s2 + j)
+        sums_strip(x + j, stride, n_rows, 4, False, pivot + j, s1 + j, s2 + j)
         j += 4
     while j < width:
-        sums_strip(x + j, stride, n_rows, 1, pivot + j, s1 + j, s2 + j)
+        sums_strip(x + j, stride, n_rows, 1, False, pivot + j, s1 + j, s2 + j)
         j += 1
 
 
@@ -392,11 +423,25 @@ cdef inline void sums_rows_as(
         sums_group(x, stride, 1, width, ahead, far, pivot, s1, s2)
 
 
+cdef inline void sums_held(
+    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, bint far, const double* pivot, double* s1, double* s2,
+) noexcept nogil:
+    """Rows of HELD columns."""
+    cdef Py_ssize_t i
+    for i in range(ceil_div(n_rows, HELD_ROWS)):
+        sums_strip(x + i * HELD_ROWS * stride, stride, min(HELD_ROWS, n_rows - i * HELD_ROWS), HELD, far,
+                   pivot, s1, s2)
+
+
 cdef void sums_rows(
     const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, bint far,
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
-    if far:  # a literal in each branch: tested in each strip, the flag took float64 3 to 7 % longer
+    if is_held(width) and far:
+        sums_held(x, stride, n_rows, True, pivot, s1, s2)
+    elif is_held(width):
+        sums_held(x, stride, n_rows, False, pivot, s1, s2)
+    elif far:  # a literal in each branch: tested in each strip, the flag took float64 3 to 7 % longer
         sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, True, pivot, s1, s2)
     else:
         sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, False, pivot, s1, s2)
@@ -441,30 +486,30 @@ cdef void sums_block(
     const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t length, Py_ssize_t channels,
     const Plan* plan, floating* buffer, const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
-    cdef Py_ssize_t i, r, c, n, width = channels * plan.repeat, step = ROWS * plan.fold
+    cdef Py_ssize_t i, r, c, n, width = channels * plan.repeat, step = step_rows(plan)
     cdef bint far = is_far(plan, sizeof(floating))
-    memset(s1, 0, width * plan.fold * sizeof(double))
-    memset(s2, 0, width * plan.fold * sizeof(double))
+    memset(s1, 0, width * plan.sums_fold * sizeof(double))
+    memset(s2, 0, width * plan.sums_fold * sizeof(double))
     if plan.by_inner:
         for r in range(n_rows):
             for c in range(channels):
                 sums_lanes(x + r * stride + c * plan.inner, length, lead(stride, channels * plan.inner, far), far,
                            pivot + c * LANES, s1 + c * LANES, s2 + c * LANES)
-    elif plan.fold == 1:
+    elif plan.sums_fold == 1:
         sums_rows(x, stride, n_rows, width, far, pivot, s1, s2)
     elif stride == width:
-        sums_run(x, n_rows * width, plan.fold * width, far, pivot, s1, s2)
+        sums_run(x, n_rows * width, plan.sums_fold * width, far, pivot, s1, s2)
     else:
         for i in range(ceil_div(n_rows, step)):
             r = i * step
             n = min(step, n_rows - r)
-            if n == step and width >= NARROW:
-                sums_apart(x + r * stride, stride, width, plan.fold, far, pivot, s1, s2)
+            if n == step and width >= NARROW and not is_held(plan.sums_fold * width):
+                sums_apart(x + r * stride, stride, width, plan.sums_fold, far, pivot, s1, s2)
             else:
-                sums_run(gather(x + r * stride, stride, n, width, buffer), n * width, plan.fold * width,
+                sums_run(gather(x + r * stride, stride, n, width, buffer), n * width, plan.sums_fold * width,
                          False, pivot, s1, s2)
-    fold_sums(s1, channels, plan.repeat, plan.fold)
-    fold_sums(s2, channels, plan.repeat, plan.fold)
+    fold_sums(s1, channels, plan.repeat, plan.sums_fold)
+    fold_sums(s2, channels, plan.repeat, plan.sums_fold)
 
 
 cdef inline void merge_moments(
@@ -523,7 +568,7 @@ cdef void moments_task(
 
         for c in range(channels):
             mean_b[c] = first[c * plan.inner]
-        spread(mean_b, channels, plan.repeat, plan.fold, pivot)
+        spread(mean_b, channels, plan.repeat, plan.sums_fold, pivot)
         k = ceil_div(block.n_rows * block.length, PIVOT_SHARE)
         k_length = min(block.length, k) if plan.by_inner else block.length
         k_rows = ceil_div(k, k_length)
@@ -532,7 +577,7 @@ cdef void moments_task(
             weight = 1 / (<double>k_rows * k_length)  # multiplied by: three divisions a channel took a fifth of a block
             for c in range(channels):
                 mean_b[c] += s1[c] * weight
-            spread(mean_b, channels, plan.repeat, plan.fold, pivot)
+            spread(mean_b, channels, plan.repeat, plan.sums_fold, pivot)
 
         sums_block(first, stride, block.n_rows, block.length, channels, plan, buffer, pivot, s1, s2)
         n = <double>block.n_rows * block.length
@@ -641,12 +686,12 @@ cdef void gradient_channels(
 
 cdef inline void spread_rows(
     const floating* rows,      # IN   (n, channels)
-    Py_ssize_t n, const Plan* plan, Py_ssize_t c0, Py_ssize_t channels,
+    Py_ssize_t n, const Plan* plan, Py_ssize_t fold, Py_ssize_t c0, Py_ssize_t channels,
     floating* wide,            # OUT  (n, PITCH)
 ) noexcept nogil:
-    cdef Py_ssize_t i, j, width = channels * plan.repeat * plan.fold
+    cdef Py_ssize_t i, j, width = channels * plan.repeat * fold
     for i in range(n):
-        spread(rows + i * plan.channels + c0, channels, plan.repeat, plan.fold, wide)
+        spread(rows + i * plan.channels + c0, channels, plan.repeat, fold, wide)
         if not plan.by_inner:
             for j in range(STRIP):
                 wide[width + j] = wide[j]
@@ -1060,7 +1105,7 @@ cdef void affine_task(
         one_run or joined or on_lines(lines, y_stride if stream else stride, width))
     cdef floating* coefs = place_coefs(memory, before_line(lines) if aligned else 0)
     cdef Block block
-    spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
+    spread_rows(channel_coefs, 3, plan, plan.fold, c0, channels, coefs)
     x += c0 * plan.inner
     y += c0 * plan.inner
     for index in range(chunk * plan.chunk, min((chunk + 1) * plan.chunk, plan.n_blocks)):
@@ -1107,25 +1152,29 @@ cdef inline void grad_sums_strip(
     Py_ssize_t x_stride,
     Py_ssize_t n_rows,
     Py_ssize_t n_columns,
+    bint far,                  # IN   whether to fetch ahead
     const double* mean,        # IN   (n_columns,)
     const floating* coefs,     # IN   at CENTER, SCALE, OFFSET
     bint relu,
     double* s1,                # INOUT
     double* s2,                # INOUT
 ) noexcept nogil:
-    cdef floating gated[STRIP]
-    cdef double strip1[STRIP]
-    cdef double strip2[STRIP]
-    cdef double dy_row[STRIP]
-    cdef double x_row[STRIP]
+    cdef floating gated[HELD]
+    cdef double strip1[HELD]
+    cdef double strip2[HELD]
+    cdef double dy_row[HELD]
+    cdef double x_row[HELD]
     cdef Py_ssize_t r, j
-    cdef double one = 1
+    cdef double one = 1, zero = hidden_zero()
     if floating is float and VECTOR_BYTES == LINE:  # as in sums_strip: up to 5 % less time; AVX2 6 to 10 % longer
         one = hidden_one()
     for j in range(n_columns):
-        strip1[j] = 0
-        strip2[j] = 0
+        strip1[j] = zero
+        strip2[j] = zero
     for r in range(n_rows):
+        if far:
+            prefetch_row(dy + r * dy_stride, dy_stride, n_columns)
+            prefetch_row(x + r * x_stride, x_stride, n_columns)
         if relu:  # in a loop of its own, which vectorises: among the sums, float64 took three times as long
             for j in range(n_columns):
                 gated[j] = gate(dy[r * dy_stride + j], x[r * x_stride + j], coefs + j, True)
@@ -1138,6 +1187,7 @@ cdef inline void grad_sums_strip(
             strip2[j] += dy_row[j] * (x_row[j] * one - mean[j])
     for j in range(n_columns):
         s1[j] += strip1[j]
+    for j in range(n_columns):
         s2[j] += strip2[j]
 
 
@@ -1151,16 +1201,16 @@ cdef inline void grad_sums_group(
         prefetch_rows(dy, dy_stride, n_rows, width, j, dy_ahead, far)
         prefetch_rows(x, x_stride, n_rows, width, j, x_ahead, far)
         grad_sums_strip(<const floating*>hidden(dy + j), dy_stride, <const floating*>hidden(x + j), x_stride,
-                        n_rows, STRIP, mean + j, coefs + j, relu, s1 + j, s2 + j)
+                        n_rows, STRIP, False, mean + j, coefs + j, relu, s1 + j, s2 + j)
         j += STRIP
     if (width - j) & 8:
-        grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, 8, mean + j, coefs + j, relu, s1 + j, s2 + j)
+        grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, 8, False, mean + j, coefs + j, relu, s1 + j, s2 + j)
         j += 8
     if (width - j) & 4:
-        grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, 4, mean + j, coefs + j, relu, s1 + j, s2 + j)
+        grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, 4, False, mean + j, coefs + j, relu, s1 + j, s2 + j)
         j += 4
     while j < width:
-        grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, 1, mean + j, coefs + j, relu, s1 + j, s2 + j)
+        grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, 1, False, mean + j, coefs + j, relu, s1 + j, s2 + j)
         j += 1
 
 
@@ -1210,13 +1260,43 @@ cdef inline void grad_sums_rows_by(
                           mean, coefs, False, s1, s2)
 
 
+cdef inline void grad_sums_held_as(
+    const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, Py_ssize_t n_rows, bint far,
+    const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
+) noexcept nogil:
+    cdef Py_ssize_t i, r
+    for i in range(ceil_div(n_rows, HELD_ROWS)):
+        r = i * HELD_ROWS
+        grad_sums_strip(dy + r * dy_stride, dy_stride, x + r * x_stride, x_stride, min(HELD_ROWS, n_rows - r), HELD,
+                        far, mean, coefs, relu, s1, s2)
+
+
+cdef void grad_sums_held(
+    const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, Py_ssize_t n_rows, bint far,
+    const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
+) noexcept nogil:
+    """Rows of HELD columns."""
+    if relu and far:
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, True, mean, coefs, True, s1, s2)
+    elif relu:
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, False, mean, coefs, True, s1, s2)
+    elif far:
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, True, mean, coefs, False, s1, s2)
+    else:
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, False, mean, coefs, False, s1, s2)
+
+
 cdef void grad_sums_rows(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
     Py_ssize_t n_rows, Py_ssize_t width, bint far, const double* mean, const floating* coefs, bint relu,
     double* s1, double* s2,
 ) noexcept nogil:
-    grad_sums_rows_by(dy, dy_stride, x, x_stride, n_rows, GRAD_ROWS, width, COLUMNS_AHEAD // 2, COLUMNS_AHEAD // 2, far,
-                      mean, coefs, relu, s1, s2)
+    cdef Py_ssize_t ahead = COLUMNS_AHEAD // 2
+    if is_held(width):
+        grad_sums_held(dy, dy_stride, x, x_stride, n_rows, far, mean, coefs, relu, s1, s2)
+    else:
+        grad_sums_rows_by(dy, dy_stride, x, x_stride, n_rows, GRAD_ROWS, width, ahead, ahead, far,
+                          mean, coefs, relu, s1, s2)
 
 
 cdef void grad_sums_run(
@@ -1272,12 +1352,12 @@ cdef void grad_moments_task(
     cdef double* s2 = s1 + SUMS_PITCH
     cdef Py_ssize_t c0 = tile * plan.tile
     cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
-    cdef Py_ssize_t width = channels * plan.repeat, wide = plan.fold * width, step = ROWS * plan.fold
+    cdef Py_ssize_t width = channels * plan.repeat, wide = plan.sums_fold * width, step = step_rows(plan)
     cdef Py_ssize_t index, r, c, i, n, last
     cdef bint far = is_far(plan, 2 * sizeof(floating))
     cdef Block block
-    spread_rows(channel_mean, 1, plan, c0, channels, mean)
-    spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
+    spread_rows(channel_mean, 1, plan, plan.sums_fold, c0, channels, mean)
+    spread_rows(channel_coefs, 3, plan, plan.sums_fold, c0, channels, coefs)
     dy += c0 * plan.inner
     x += c0 * plan.inner
     sum_dy += c0
@@ -1297,7 +1377,7 @@ cdef void grad_moments_task(
                     grad_sums_lanes(dy + r * dy_stride + i, lead(dy_stride, channels * plan.inner, far),
                                     x + r * x_stride + i, lead(x_stride, channels * plan.inner, far), block.length, far,
                                     mean + n, coefs + n, relu, s1 + n, s2 + n)
-        elif plan.fold == 1:
+        elif plan.sums_fold == 1:
             grad_sums_rows(dy + block.row * dy_stride, dy_stride, x + block.row * x_stride, x_stride,
                            block.n_rows, width, far, mean, coefs, relu, s1, s2)
         elif dy_stride == width and x_stride == width:
@@ -1307,15 +1387,15 @@ cdef void grad_moments_task(
             for i in range(ceil_div(block.n_rows, step)):
                 r = block.row + i * step
                 n = min(step, last - r)
-                if n == step and width >= NARROW:
-                    grad_sums_apart(dy + r * dy_stride, dy_stride, x + r * x_stride, x_stride, width, plan.fold,
+                if n == step and width >= NARROW and not is_held(wide):
+                    grad_sums_apart(dy + r * dy_stride, dy_stride, x + r * x_stride, x_stride, width, plan.sums_fold,
                                     far, mean, coefs, relu, s1, s2)
                 else:
                     grad_sums_run(gather(dy + r * dy_stride, dy_stride, n, width, dy_buffer),
                                   gather(x + r * x_stride, x_stride, n, width, x_buffer),
                                   n * width, wide, False, mean, coefs, relu, s1, s2)
-        fold_sums(s1, channels, plan.repeat, plan.fold)
-        fold_sums(s2, channels, plan.repeat, plan.fold)
+        fold_sums(s1, channels, plan.repeat, plan.sums_fold)
+        fold_sums(s2, channels, plan.repeat, plan.sums_fold)
         for c in range(channels):
             sum_dy[c] += s1[c]
             sum_dy_xmu[c] += s2[c]
@@ -1697,8 +1777,8 @@ cdef void grad_affine_task(
         one_run or joined or on_lines(lines, grad_x_stride if stream else x_stride, width))
     cdef floating* coefs = place_coefs(memory, before_line(lines) if aligned else 0)
     cdef Block block
-    spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
-    spread_rows(linear, 4, plan, c0, channels, coefs + FACTOR)
+    spread_rows(channel_coefs, 3, plan, plan.fold, c0, channels, coefs)
+    spread_rows(linear, 4, plan, plan.fold, c0, channels, coefs + FACTOR)
     dy += c0 * plan.inner
     x += c0 * plan.inner
     grad_x += c0 * plan.inner

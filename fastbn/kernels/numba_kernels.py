@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastbn.kernels.numba_machine import (
+    DOUBLES,
     LINE,
     address,
     at,
@@ -40,6 +41,8 @@ ROWS = 8               # wide rows a step: accumulators are loaded and stored on
 GRAD_ROWS = 4          # and a step of two arrays, whose rows share the few places that a set of L1 has
 STRIP = 16             # columns a step: a literal, the size of the strip's vectors
 TILE = 512             # columns whose accumulators a task keeps on its stack (12 KiB of L1)
+HELD = 64              # narrow rows that make up so many columns are summed with the accumulators in registers,
+HELD_ROWS = 64         # for so many wide rows, as many as the buffers for rows apart hold
 LANES = STRIP          # accumulators a channel where the inner axis is swept: one strip
 SHORT_INNER = 64       # inner axes shorter than this are swept as columns,
 FEW_ROWS = 16          # of fewer rows only those half as short
@@ -89,6 +92,7 @@ class Plan(NamedTuple):
     by_inner: bool    # sweep along the inner axis instead of across the columns
     repeat: int       # accumulators side by side that belong to one channel
     fold: int         # rows laid side by side to make a wide row (narrow data)
+    sums_fold: int    # and for the sums, of HELD columns where rows make up just so many
     tile: int         # channels a tile
     n_tiles: int
     block_outer: int  # outer rows a block
@@ -119,6 +123,13 @@ def ceil_div(a, b):
 
 
 @helper
+def is_held(width):
+    """Whether rows of so many columns are summed with the accumulators in registers. Shorter vectors have fewer of
+    those."""
+    return DOUBLES * 8 == LINE and width == HELD
+
+
+@helper
 def make_plan(outer, channels, inner):
     by_inner = inner >= (SHORT_INNER // 2 if outer < FEW_ROWS else SHORT_INNER)
     repeat = LANES if by_inner else inner
@@ -139,11 +150,14 @@ def make_plan(outer, channels, inner):
             fold *= 2
         block_inner = inner
         block_outer = fold * BLOCK_ROWS
+    sums_fold = fold
+    if is_held(HELD) and HELD % (channels * inner) == 0 and fold * channels * inner >= HELD:
+        sums_fold = HELD // (channels * inner)
     n_segments = ceil_div(inner, block_inner)
     n_blocks = ceil_div(outer, block_outer) * n_segments
     chunk = ceil_div(n_blocks, MAX_CHUNKS)
     n_chunks = ceil_div(n_blocks, chunk)
-    return Plan(outer, channels, inner, by_inner, repeat, fold, tile, n_tiles, block_outer, block_inner,
+    return Plan(outer, channels, inner, by_inner, repeat, fold, sums_fold, tile, n_tiles, block_outer, block_inner,
                 n_segments, n_blocks, chunk, n_chunks)
 
 
@@ -236,9 +250,23 @@ def prefetch_strip(x, far):
 
 
 @inline
+def prefetch_row(x, stride):
+    """A row of HELD columns further on, into L1 and into L2, the latter from as far as of wide rows."""
+    for j in range(0, HELD, STRIP):
+        prefetch_strip(at(x, AHEAD // HELD * stride + j), False)
+        prefetch_strip(at(x, ROWS_AHEAD * TILE // HELD * stride + j), True)
+
+
+@inline
 def prefetch_strip_write(y):
     for i in range(0, STRIP, LINE // size_of(y)):
         prefetch_write(at(y, i))
+
+
+@helper
+def step_rows(plan):
+    """How many rows that lie apart are summed at a time."""
+    return (HELD_ROWS if is_held(plan.sums_fold * plan.channels * plan.repeat) else ROWS) * plan.sums_fold
 
 
 @helper
@@ -272,6 +300,7 @@ def sums_strip(
     stride,
     n_rows,
     n_columns,  # a literal
+    far,        # IN   whether to fetch ahead
     pivot,      # IN   (n_columns,) float64
     s1,         # INOUT
     s2,         # INOUT
@@ -280,6 +309,8 @@ def sums_strip(
     a = d
     b = d * d
     for r in range(1, n_rows):
+        if far:
+            prefetch_row(at(x, r * stride), stride)
         d = load_wide(at(x, r * stride), n_columns) - load(pivot, n_columns)
         a = a + d
         b = muladd(d, d, b)
@@ -318,16 +349,16 @@ def sums_group(x, stride, n_rows, width, ahead, far, pivot, s1, s2):
         if far and stride == LANES and size_of(x) == 4:  # of a run of float32, what the next step reads, into L1
             for r in range(n_rows, 2 * n_rows):
                 prefetch(at(x, r * LANES))
-        sums_strip(at(x, j), stride, n_rows, STRIP, at(pivot, j), at(s1, j), at(s2, j))
+        sums_strip(at(x, j), stride, n_rows, STRIP, False, at(pivot, j), at(s1, j), at(s2, j))
         j += STRIP
     if (width - j) & 8:
-        sums_strip(at(x, j), stride, n_rows, 8, at(pivot, j), at(s1, j), at(s2, j))
+        sums_strip(at(x, j), stride, n_rows, 8, False, at(pivot, j), at(s1, j), at(s2, j))
         j += 8
     if (width - j) & 4:
-        sums_strip(at(x, j), stride, n_rows, 4, at(pivot, j), at(s1, j), at(s2, j))
+        sums_strip(at(x, j), stride, n_rows, 4, False, at(pivot, j), at(s1, j), at(s2, j))
         j += 4
     while j < width:
-        sums_strip(at(x, j), stride, n_rows, 1, at(pivot, j), at(s1, j), at(s2, j))
+        sums_strip(at(x, j), stride, n_rows, 1, False, at(pivot, j), at(s1, j), at(s2, j))
         j += 1
 
 
@@ -340,10 +371,20 @@ def sums_rows_as(x, stride, n_rows, width, ahead, far, pivot, s1, s2):
         sums_group(at(x, done * stride), stride, n_rows - done, width, ahead, far, pivot, s1, s2)
 
 
+@inline
+def sums_held(x, stride, n_rows, far, pivot, s1, s2):
+    """Rows of HELD columns."""
+    for r in range(0, n_rows, HELD_ROWS):
+        sums_strip(at(x, r * stride), stride, min(HELD_ROWS, n_rows - r), HELD, far, pivot, s1, s2)
+
+
 @helper
 def sums_rows(x, stride, n_rows, width, far, pivot, s1, s2):
     restrict()
-    sums_rows_as(x, stride, n_rows, width, np.int64(COLUMNS_AHEAD), far, pivot, s1, s2)
+    if is_held(width):
+        sums_held(x, stride, n_rows, far, pivot, s1, s2)
+    else:
+        sums_rows_as(x, stride, n_rows, width, np.int64(COLUMNS_AHEAD), far, pivot, s1, s2)
 
 
 @inline
@@ -377,7 +418,7 @@ def sums_apart(x, stride, n_rows, width, fold, far, pivot, s1, s2):
 def sums_block(x, stride, n_rows, length, channels, plan, buffer, pivot, s1, s2):
     width = channels * plan.repeat
     far = is_far(plan, address(at(x, 1)) - address(x))
-    for j in range(width * plan.fold):
+    for j in range(width * plan.sums_fold):
         s1[j] = 0
         s2[j] = 0
     if plan.by_inner:
@@ -386,21 +427,21 @@ def sums_block(x, stride, n_rows, length, channels, plan, buffer, pivot, s1, s2)
                 n = c * LANES
                 sums_lanes(at(x, r * stride + c * plan.inner), length, lead(stride, channels * plan.inner, far), far,
                            at(pivot, n), at(s1, n), at(s2, n))
-    elif plan.fold == 1:
+    elif plan.sums_fold == 1:
         sums_rows(x, stride, n_rows, width, far, pivot, s1, s2)
     elif stride == width:
-        sums_run(x, n_rows * width, plan.fold * width, far, pivot, s1, s2)
+        sums_run(x, n_rows * width, plan.sums_fold * width, far, pivot, s1, s2)
     else:
-        step = ROWS * plan.fold
+        step = step_rows(plan)
         for r in range(0, n_rows, step):
             n = min(step, n_rows - r)
-            if n == step and width >= NARROW:
-                sums_apart(at(x, r * stride), stride, n, width, plan.fold, far, pivot, s1, s2)
+            if n == step and width >= NARROW and not is_held(plan.sums_fold * width):
+                sums_apart(at(x, r * stride), stride, n, width, plan.sums_fold, far, pivot, s1, s2)
             else:
-                sums_run(gather(at(x, r * stride), stride, n, width, buffer), n * width, plan.fold * width,
+                sums_run(gather(at(x, r * stride), stride, n, width, buffer), n * width, plan.sums_fold * width,
                          np.bool_(False), pivot, s1, s2)
-    fold_sums(s1, channels, plan.repeat, plan.fold)
-    fold_sums(s2, channels, plan.repeat, plan.fold)
+    fold_sums(s1, channels, plan.repeat, plan.sums_fold)
+    fold_sums(s2, channels, plan.repeat, plan.sums_fold)
 
 
 @helper
@@ -463,7 +504,7 @@ def moments_task(
                 continue
             for c in range(channels):
                 mean_b[c] += s1[c] * weight
-            spread(mean_b, channels, plan.repeat, plan.fold, pivot)
+            spread(mean_b, channels, plan.repeat, plan.sums_fold, pivot)
             sums_block(first, stride, n_rows, length, channels, plan, buffer, pivot, s1, s2)
             weight = 1 / float(n_rows * length)  # multiplied by: divisions took a fifth of a block
         n = float(block.n_rows * block.length)
@@ -575,13 +616,13 @@ def gradient_channels(
 @inline
 def spread_rows(
     rows,       # IN   (n, channels)
-    n, plan, c0, channels,
+    n, plan, fold, c0, channels,
     wide,       # OUT  (n, PITCH)
 ):
-    width = channels * plan.repeat * plan.fold
+    width = channels * plan.repeat * fold
     for i in range(n):
         row = at(wide, i * PITCH)
-        spread(at(rows, i * plan.channels + c0), channels, plan.repeat, plan.fold, row)
+        spread(at(rows, i * plan.channels + c0), channels, plan.repeat, fold, row)
         if not plan.by_inner:
             for j in range(STRIP):
                 row[width + j] = row[j]
@@ -956,7 +997,7 @@ def affine_task(
     lines = y if stream else x  # the strips begin with its lines
     aligned = not plan.by_inner and (one_run or joined or on_lines(lines, y_stride if stream else stride, width))
     coefs = place_coefs(memory, before_line(lines) if aligned else 0)
-    spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
+    spread_rows(channel_coefs, 3, plan, plan.fold, c0, channels, coefs)
     x = at(x, c0 * plan.inner)
     y = at(y, c0 * plan.inner)
     for index in range(chunk * plan.chunk, min((chunk + 1) * plan.chunk, plan.n_blocks)):
@@ -1009,6 +1050,7 @@ def grad_sums_strip(
     x_stride,
     n_rows,
     n_columns,  # a literal
+    far,        # IN   whether to fetch ahead
     mean,       # IN   (n_columns,) float64
     coefs,      # IN   at CENTER, SCALE, OFFSET
     relu,
@@ -1019,6 +1061,9 @@ def grad_sums_strip(
     a = g
     b = g * (load_wide(x, n_columns) - load(mean, n_columns))
     for r in range(1, n_rows):
+        if far:
+            prefetch_row(at(dy, r * dy_stride), dy_stride)
+            prefetch_row(at(x, r * x_stride), x_stride)
         x_row = at(x, r * x_stride)
         g = gate(load_wide(at(dy, r * dy_stride), n_columns), x_row, n_columns, coefs, relu)
         a = a + g
@@ -1033,19 +1078,19 @@ def grad_sums_group(dy, dy_stride, x, x_stride, n_rows, width, dy_ahead, x_ahead
     while j + STRIP <= width:
         prefetch_rows(dy, dy_stride, n_rows, width, j, dy_ahead, far)
         prefetch_rows(x, x_stride, n_rows, width, j, x_ahead, far)
-        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, STRIP,
+        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, STRIP, False,
                         at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
         j += STRIP
     if (width - j) & 8:
-        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, 8,
+        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, 8, False,
                         at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
         j += 8
     if (width - j) & 4:
-        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, 4,
+        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, 4, False,
                         at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
         j += 4
     while j < width:
-        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, 1,
+        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, 1, False,
                         at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
         j += 1
 
@@ -1063,11 +1108,23 @@ def grad_sums_rows_as(
                         dy_ahead, x_ahead, far, mean, coefs, relu, s1, s2)
 
 
+@inline
+def grad_sums_held(dy, dy_stride, x, x_stride, n_rows, far, mean, coefs, relu, s1, s2):
+    """Rows of HELD columns."""
+    for r in range(0, n_rows, HELD_ROWS):
+        grad_sums_strip(at(dy, r * dy_stride), dy_stride, at(x, r * x_stride), x_stride, min(HELD_ROWS, n_rows - r),
+                        HELD, far, mean, coefs, relu, s1, s2)
+
+
 @helper
 def grad_sums_rows(dy, dy_stride, x, x_stride, n_rows, width, far, mean, coefs, relu, s1, s2):
     restrict()
     ahead = np.int64(COLUMNS_AHEAD // 2)
-    if relu:
+    if is_held(width) and relu:
+        grad_sums_held(dy, dy_stride, x, x_stride, n_rows, far, mean, coefs, True, s1, s2)
+    elif is_held(width):
+        grad_sums_held(dy, dy_stride, x, x_stride, n_rows, far, mean, coefs, False, s1, s2)
+    elif relu:
         grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, GRAD_ROWS, width, ahead, ahead, far,
                           mean, coefs, True, s1, s2)
     else:
@@ -1132,11 +1189,11 @@ def grad_moments_task(
     c0 = tile * plan.tile
     channels = min(plan.tile, plan.channels - c0)
     width = channels * plan.repeat
-    wide = plan.fold * width
-    step = ROWS * plan.fold
+    wide = plan.sums_fold * width
+    step = step_rows(plan)
     far = is_far(plan, 2 * (address(at(x, 1)) - address(x)))
-    spread_rows(channel_mean, 1, plan, c0, channels, mean)
-    spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
+    spread_rows(channel_mean, 1, plan, plan.sums_fold, c0, channels, mean)
+    spread_rows(channel_coefs, 3, plan, plan.sums_fold, c0, channels, coefs)
     dy = at(dy, c0 * plan.inner)
     x = at(x, c0 * plan.inner)
     sum_dy = at(sum_dy, c0)
@@ -1158,7 +1215,7 @@ def grad_moments_task(
                     grad_sums_lanes(at(dy, r * dy_stride + i), lead(dy_stride, channels * plan.inner, far),
                                     at(x, r * x_stride + i), lead(x_stride, channels * plan.inner, far), block.length,
                                     far, at(mean, n), at(coefs, n), relu, at(s1, n), at(s2, n))
-        elif plan.fold == 1:
+        elif plan.sums_fold == 1:
             grad_sums_rows(at(dy, block.row * dy_stride), dy_stride, at(x, block.row * x_stride), x_stride,
                            block.n_rows, width, far, mean, coefs, relu, s1, s2)
         elif dy_stride == width and x_stride == width:
@@ -1167,15 +1224,15 @@ def grad_moments_task(
         else:
             for r in range(block.row, last, step):
                 n = min(step, last - r)
-                if n == step and width >= NARROW:
+                if n == step and width >= NARROW and not is_held(wide):
                     grad_sums_apart(at(dy, r * dy_stride), dy_stride, at(x, r * x_stride), x_stride, n, width,
-                                    plan.fold, far, mean, coefs, relu, s1, s2)
+                                    plan.sums_fold, far, mean, coefs, relu, s1, s2)
                 else:
                     grad_sums_run(gather(at(dy, r * dy_stride), dy_stride, n, width, dy_buffer),
                                   gather(at(x, r * x_stride), x_stride, n, width, x_buffer),
                                   n * width, wide, np.bool_(False), mean, coefs, relu, s1, s2)
-        fold_sums(s1, channels, plan.repeat, plan.fold)
-        fold_sums(s2, channels, plan.repeat, plan.fold)
+        fold_sums(s1, channels, plan.repeat, plan.sums_fold)
+        fold_sums(s2, channels, plan.repeat, plan.sums_fold)
         for c in range(channels):
             sum_dy[c] += s1[c]
             sum_dy_xmu[c] += s2[c]
@@ -1515,8 +1572,8 @@ def grad_affine_task(
     aligned = not plan.by_inner and (
         one_run or joined or on_lines(lines, grad_x_stride if stream else x_stride, width))
     coefs = place_coefs(memory, before_line(lines) if aligned else 0)
-    spread_rows(channel_coefs, 3, plan, c0, channels, coefs)
-    spread_rows(linear, 4, plan, c0, channels, at(coefs, FACTOR))
+    spread_rows(channel_coefs, 3, plan, plan.fold, c0, channels, coefs)
+    spread_rows(linear, 4, plan, plan.fold, c0, channels, at(coefs, FACTOR))
     dy = at(dy, c0 * plan.inner)
     x = at(x, c0 * plan.inner)
     grad_x = at(grad_x, c0 * plan.inner)
