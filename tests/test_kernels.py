@@ -78,20 +78,23 @@ def test_inference(backend, dtype, layout, activation):
     assert_close(y, np.maximum(exact.y, 0) if activation else exact.y, "y", dtype, exact.y_terms)
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_vectors_that_lie_in_out(backend, order):
-    """They are taken before anything is written: gamma, beta, mean and var may lie where y comes to lie."""
+def test_vectors_that_lie_in_out(backend, order, num_threads):
+    """They are taken before anything is written: mean, var, gamma and beta, one or all, may lie where y will."""
     x = np.asarray(np.random.default_rng(0).normal(3, 2, (32, 4096)), order=order)
     vectors = np.random.default_rng(1).uniform(0.5, 2, (4, 4096))
-    expected = fastbn.batch_norm(x, *vectors[2:], backend=backend)[0]
-    expected_inference = fastbn.batch_norm_inference(x, *vectors, backend=backend)
-    for places in ((1000, 90_000, 20_000, 125_000), (125_000, 1000, 60_000, 66_000)):
-        out = np.empty_like(x)
-        given = [out.ravel("K")[at : at + 4096] for at in places]
-        for function, n, wanted in (("batch_norm", 2, expected), ("batch_norm_inference", 4, expected_inference)):
-            for target, vector in zip(given[4 - n :], vectors[4 - n :], strict=True):
+    training = fastbn.batch_norm(x, *vectors[2:], backend=backend)[0]
+    inference = fastbn.batch_norm_inference(x, *vectors, backend=backend)
+    for places in ((1000, None, None, None), (None, 1000, None, None), (None, None, 1000, None),
+                   (None, None, None, 1000), (1000, 90_000, 20_000, 125_000), (125_000, 1000, 60_000, 66_000)):
+        for function, n, wanted in (("batch_norm", 2, training), ("batch_norm_inference", 4, inference)):
+            out = np.empty_like(x)
+            given = [vector if at is None else out.ravel("K")[at : at + 4096]
+                     for vector, at in zip(vectors, places, strict=True)]
+            for target, vector in zip(given, vectors, strict=True):
                 target[:] = vector
-            result = getattr(fastbn, function)(x, *given[4 - n :], backend=backend, out=out, num_threads=2)
+            result = getattr(fastbn, function)(x, *given[4 - n :], backend=backend, out=out, num_threads=num_threads)
             np.testing.assert_array_equal(out, wanted)
             assert (result[0] if n == 2 else result) is out
 
