@@ -780,7 +780,7 @@ cdef inline bint trails(const floating* y, const floating* x) noexcept nogil:
 cdef inline bint goes_back(const floating* y, const floating* x, Py_ssize_t each, bint stream) noexcept nogil:
     """Whether to take strips from the last one on: affine of 65536x128 0.62 of the time, of 256x512 0.7 to 0.95. Not
     those of images (each = 0), whose backward would take up to 20 % longer, nor AVX2's through the caches, 5 %."""
-    return each and (stream or VECTOR_BYTES == LINE) and trails(y, x)
+    return each and (stream or VECTOR_BYTES == LINE) and trails(y, x) and before_line(y) == 0
 
 
 cdef inline bint grad_goes_back(
@@ -877,7 +877,7 @@ cdef inline void affine_runs_as(
         if stream:
             i = begin_stream(y, length, y_ahead)
         elif length > width:  # several rows
-            i = min(length, before_line(x))
+            i = min(length, before_line(y))
         if i:
             affine_rest(x, i, coefs, relu, y)
             j = next_column(0, i, width)
@@ -913,7 +913,7 @@ cdef inline void affine_channels_as(
     bint relu, bint stream, floating* y, Py_ssize_t y_ahead,
 ) noexcept nogil:
     cdef Py_ssize_t n, length = channels * inner
-    cdef Py_ssize_t i = min(length, begin_stream(y, length, 0) if stream else before_line(x))
+    cdef Py_ssize_t i = min(length, begin_stream(y, length, 0) if stream else before_line(y))
     cdef Py_ssize_t left = inner - i  # of the channel
     affine_rest(x, i, coefs, relu, y)
     while i + STRIP <= length:
@@ -955,7 +955,7 @@ cdef inline void affine_rows_as(
     const floating* x, Py_ssize_t stride, Py_ssize_t x_ahead, Py_ssize_t n_rows, Py_ssize_t width,
     const floating* coefs, bint relu, floating* y, Py_ssize_t y_stride, Py_ssize_t y_ahead,
 ) noexcept nogil:
-    cdef Py_ssize_t begin = before_line(x) if on_lines(x, stride, width) else 0
+    cdef Py_ssize_t begin = before_line(y) if on_lines(y, y_stride, width) else 0
     cdef Py_ssize_t n_strips = (width - begin) // STRIP, end = begin + n_strips * STRIP, _row
     for _row in range(n_rows):
         if begin:
@@ -1074,8 +1074,8 @@ cdef inline void affine_run(
     const floating* x, Py_ssize_t x_ahead, Py_ssize_t length, Py_ssize_t width, const floating* coefs,
     bint relu, bint stream, floating* y, Py_ssize_t y_ahead,
 ) noexcept nogil:
-    cdef Py_ssize_t n_pairs = count_pairs(x, length, width, stream)
-    cdef Py_ssize_t begin = before_line(x) if n_pairs > 0 else 0, done = begin + n_pairs * 2 * width
+    cdef Py_ssize_t n_pairs = count_pairs(y, length, width, stream)
+    cdef Py_ssize_t begin = before_line(y) if n_pairs > 0 else 0, done = begin + n_pairs * 2 * width
     if n_pairs > 0:
         affine_rest(x, begin, coefs, relu, y)
         affine_pairs(x + begin, n_pairs, width, coefs + begin, relu, y_ahead == 0, y + begin)
@@ -1100,10 +1100,9 @@ cdef void affine_task(
     cdef bint stream_rows = stream and (plan.fold == 1 or has_whole_lines(y, y_stride))
     cdef bint one_run = not plan.by_inner and stride == width and y_stride == width
     cdef bint joined = stream and not stream_rows and y_stride == width
-    cdef const floating* lines = y if stream else x  # the strips begin with its lines
     cdef bint aligned = not plan.by_inner and (
-        one_run or joined or on_lines(lines, y_stride if stream else stride, width))
-    cdef floating* coefs = place_coefs(memory, before_line(lines) if aligned else 0)
+        one_run or joined or on_lines(y, y_stride, width))
+    cdef floating* coefs = place_coefs(memory, before_line(y) if aligned else 0)
     cdef Block block
     spread_rows(channel_coefs, 3, plan, plan.fold, c0, channels, coefs)
     x += c0 * plan.inner
@@ -1491,7 +1490,7 @@ cdef inline void grad_affine_runs_as(
         if stream:
             i = begin_stream(grad_x, length, grad_x_ahead)
         elif length > width:  # several rows
-            i = min(length, before_line(x))
+            i = min(length, before_line(grad_x))
         if i:
             grad_affine_rest(dy, x, i, coefs, relu, training, grad_x)
             j = next_column(0, i, width)
@@ -1540,7 +1539,7 @@ cdef inline void grad_affine_channels_as(
     floating* grad_x, Py_ssize_t grad_x_ahead,
 ) noexcept nogil:
     cdef Py_ssize_t n, length = channels * inner
-    cdef Py_ssize_t i = min(length, begin_stream(grad_x, length, 0) if stream else before_line(x))
+    cdef Py_ssize_t i = min(length, begin_stream(grad_x, length, 0) if stream else before_line(grad_x))
     cdef Py_ssize_t left = inner - i  # of the channel
     grad_affine_rest(dy, x, i, coefs, relu, training, grad_x)
     while i + STRIP <= length:
@@ -1590,7 +1589,7 @@ cdef inline void grad_affine_rows_as(
     Py_ssize_t x_ahead, Py_ssize_t n_rows, Py_ssize_t width, const floating* coefs, bint relu, bint training,
     floating* grad_x, Py_ssize_t grad_x_stride, Py_ssize_t grad_x_ahead,
 ) noexcept nogil:
-    cdef Py_ssize_t begin = before_line(x) if on_lines(x, x_stride, width) else 0
+    cdef Py_ssize_t begin = before_line(grad_x) if on_lines(grad_x, grad_x_stride, width) else 0
     cdef Py_ssize_t n_strips = (width - begin) // STRIP, end = begin + n_strips * STRIP, _row
     for _row in range(n_rows):
         if begin:
@@ -1742,8 +1741,8 @@ cdef inline void grad_affine_run(
     Py_ssize_t width, const floating* coefs, bint relu, bint training, bint stream, floating* grad_x,
     Py_ssize_t grad_x_ahead,
 ) noexcept nogil:
-    cdef Py_ssize_t n_pairs = count_pairs(x, length, width, stream or not training)
-    cdef Py_ssize_t begin = before_line(x) if n_pairs > 0 else 0, done = begin + n_pairs * 2 * width
+    cdef Py_ssize_t n_pairs = count_pairs(grad_x, length, width, stream or not training)
+    cdef Py_ssize_t begin = before_line(grad_x) if n_pairs > 0 else 0, done = begin + n_pairs * 2 * width
     if n_pairs > 0:
         grad_affine_rest(dy, x, begin, coefs, relu, training, grad_x)
         grad_affine_pairs(dy + begin, x + begin, n_pairs, width, coefs + begin, relu, grad_x_ahead == 0, grad_x + begin)
@@ -1772,10 +1771,9 @@ cdef void grad_affine_task(
     cdef bint stream_rows = stream and (plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride))
     cdef bint one_run = not plan.by_inner and dy_stride == width and x_stride == width and grad_x_stride == width
     cdef bint joined = stream and not stream_rows and grad_x_stride == width
-    cdef const floating* lines = grad_x if stream else x
     cdef bint aligned = not plan.by_inner and (
-        one_run or joined or on_lines(lines, grad_x_stride if stream else x_stride, width))
-    cdef floating* coefs = place_coefs(memory, before_line(lines) if aligned else 0)
+        one_run or joined or on_lines(grad_x, grad_x_stride, width))
+    cdef floating* coefs = place_coefs(memory, before_line(grad_x) if aligned else 0)
     cdef Block block
     spread_rows(channel_coefs, 3, plan, plan.fold, c0, channels, coefs)
     spread_rows(linear, 4, plan, plan.fold, c0, channels, coefs + FACTOR)
