@@ -10,6 +10,7 @@ from libc.stdint cimport uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 
 cdef extern from "machine.h" nogil:
+    bint loads_wait()
     void prefetch(const void* address)
     void prefetch_far(const void* address)
     void stream_line(void* target, const void* source)
@@ -63,9 +64,9 @@ cdef uint64_t read_lines(const Line* x, Py_ssize_t n, Py_ssize_t ahead) noexcept
 
 
 cdef inline bint trails(const void* out, const void* x) noexcept nogil:
-    """Whether out lies less than two lines behind x, not counting whole pages: loads would wait for the stores before
-    them, unless each GROUP of lines is taken from its last one on."""
-    return (<uintptr_t>out - <uintptr_t>x - 1) % PAGE < 2 * sizeof(Line) - 1
+    """Whether out lies less than two lines behind x, not counting whole pages, and the processor's loads would wait for
+    the stores before them, unless each GROUP of lines is taken from its last one on."""
+    return loads_wait() and (<uintptr_t>out - <uintptr_t>x - 1) % PAGE < 2 * sizeof(Line) - 1
 
 
 cdef void copy_lines(const Line* x, Line* out, Py_ssize_t n, Py_ssize_t ahead, bint stream) noexcept nogil:

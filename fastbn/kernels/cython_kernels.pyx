@@ -16,6 +16,7 @@ cdef extern from "machine.h" nogil:
     int team_rank()
     int team_size()
     void team_barrier()
+    bint loads_wait()
     void prefetch(const void* address)
     void prefetch_far(const void* address)
     void prefetch_write(const void* address)
@@ -725,8 +726,9 @@ cdef inline const floating* join(
 
 
 cdef inline floating* place_coefs(floating* memory, Py_ssize_t skip) noexcept nogil:
-    """Where to put coefficients so that those behind the first `skip` columns begin with a line. NumPy's arrays begin
-    anywhere in one: strips that cross lines took the passes 5 to 13 % longer in L2; of coefficients, even more."""
+    """Where to put coefficients so that those behind the first `skip` columns begin with a line, as the strips of the
+    output then do. NumPy's arrays begin anywhere in one, and stores that cross lines cost more than loads (Sapphire
+    Rapids: 256x512 affine 0.35 of the time by the output's lines instead of the input's, grad_affine half)."""
     return first_line(memory) + (STRIP - skip) % STRIP
 
 
@@ -745,21 +747,21 @@ cdef inline bint has_whole_lines(const floating* y, Py_ssize_t stride) noexcept 
     return before_line(y) == 0 and before_line(y + stride) == 0
 
 
-cdef inline bint on_lines(const floating* x, Py_ssize_t stride, Py_ssize_t length) noexcept nogil:
+cdef inline bint on_lines(const floating* y, Py_ssize_t stride, Py_ssize_t length) noexcept nogil:
     """Whether strips of such rows begin with a line: where all rows begin at the same place of one, none is short.
     32x4096, whose rows are cut into tiles: affine 0.9 of the time, grad_affine 0.8; of other rows up to 1.4."""
-    return length >= 8 * STRIP and before_line(x) == before_line(x + stride)
+    return length >= 8 * STRIP and before_line(y) == before_line(y + stride)
 
 
 cdef inline Py_ssize_t count_pairs(
-    const floating* x, Py_ssize_t length, Py_ssize_t width, bint stream,
+    const floating* y, Py_ssize_t length, Py_ssize_t width, bint stream,
 ) noexcept nogil:
     """How many pairs of rows there are behind a run's first line, if its rows are taken two at a time: with the
     coefficients loaded half as often, affine took 0.83 of the time in L2 and 0.89 in L3, grad_affine 0.88 and 0.95.
     Not where a strip of coefficients is several vectors: GCC keeps them on the stack (AVX2: 2 to 4 times the time)."""
     if stream or width % STRIP or STRIP * <Py_ssize_t>sizeof(floating) > VECTOR_BYTES:
         return 0
-    return max(0, length - before_line(x)) // (2 * width)
+    return max(0, length - before_line(y)) // (2 * width)
 
 
 cdef inline Py_ssize_t next_column(Py_ssize_t j, Py_ssize_t n_columns, Py_ssize_t width) noexcept nogil:
@@ -772,15 +774,15 @@ cdef inline Py_ssize_t next_column(Py_ssize_t j, Py_ssize_t n_columns, Py_ssize_
 
 cdef inline bint trails(const floating* y, const floating* x) noexcept nogil:
     """Whether y lies less than two strips behind x, not counting whole pages, as of two arrays allocated one after the
-    other. The processor tells loads from the stores before them by the place in the page: x's next strip would wait for
-    the strip of y that was just stored."""
-    return (<uintptr_t>y - <uintptr_t>x - 1) % PAGE < 2 * STRIP * sizeof(floating) - 1
+    other. Some processors tell loads from the stores before them by the place in the page: x's next strip would wait
+    for the strip of y that was just stored."""
+    return loads_wait() and (<uintptr_t>y - <uintptr_t>x - 1) % PAGE < 2 * STRIP * sizeof(floating) - 1
 
 
 cdef inline bint goes_back(const floating* y, const floating* x, Py_ssize_t each, bint stream) noexcept nogil:
     """Whether to take strips from the last one on: affine of 65536x128 0.62 of the time, of 256x512 0.7 to 0.95. Not
     those of images (each = 0), whose backward would take up to 20 % longer, nor AVX2's through the caches, 5 %."""
-    return each and (stream or VECTOR_BYTES == LINE) and trails(y, x) and before_line(y) == 0
+    return each and (stream or VECTOR_BYTES == LINE) and trails(y, x)
 
 
 cdef inline bint grad_goes_back(
@@ -1100,8 +1102,7 @@ cdef void affine_task(
     cdef bint stream_rows = stream and (plan.fold == 1 or has_whole_lines(y, y_stride))
     cdef bint one_run = not plan.by_inner and stride == width and y_stride == width
     cdef bint joined = stream and not stream_rows and y_stride == width
-    cdef bint aligned = not plan.by_inner and (
-        one_run or joined or on_lines(y, y_stride, width))
+    cdef bint aligned = not plan.by_inner and (one_run or joined or on_lines(y, y_stride, width))
     cdef floating* coefs = place_coefs(memory, before_line(y) if aligned else 0)
     cdef Block block
     spread_rows(channel_coefs, 3, plan, plan.fold, c0, channels, coefs)
@@ -1771,8 +1772,7 @@ cdef void grad_affine_task(
     cdef bint stream_rows = stream and (plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride))
     cdef bint one_run = not plan.by_inner and dy_stride == width and x_stride == width and grad_x_stride == width
     cdef bint joined = stream and not stream_rows and grad_x_stride == width
-    cdef bint aligned = not plan.by_inner and (
-        one_run or joined or on_lines(grad_x, grad_x_stride, width))
+    cdef bint aligned = not plan.by_inner and (one_run or joined or on_lines(grad_x, grad_x_stride, width))
     cdef floating* coefs = place_coefs(memory, before_line(grad_x) if aligned else 0)
     cdef Block block
     spread_rows(channel_coefs, 3, plan, plan.fold, c0, channels, coefs)

@@ -60,6 +60,16 @@ static inline int fastbn_cpu_level(void) {
 #endif
 }
 
+/* Whether a load waits for a store before it at the same place of another page, until the store is done. Zen 4's loads do;
+   those of a Sapphire Rapids wait little, and past its caches, going back lost more than that: affine of 65536x256 1.25. */
+static inline int loads_wait(void) {
+#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
+    return __builtin_cpu_is("amd");
+#else
+    return 0;
+#endif
+}
+
 /* Bytes of a vector of the instruction set that this is compiled for. */
 #if defined(__AVX512F__)
 #define VECTOR_BYTES 64

@@ -15,6 +15,7 @@ import numpy as np
 from fastbn.kernels.numba_machine import (
     DOUBLES,
     LINE,
+    LOADS_WAIT,
     address,
     at,
     cleared,
@@ -671,18 +672,18 @@ def has_whole_lines(y, stride):
 
 
 @helper
-def on_lines(x, stride, length):
+def on_lines(y, stride, length):
     """Whether strips of such rows begin with a line: where all rows begin at the same place of one, none is short."""
-    return length >= 8 * STRIP and before_line(x) == before_line(at(x, stride))
+    return length >= 8 * STRIP and before_line(y) == before_line(at(y, stride))
 
 
 @helper
-def count_pairs(x, length, width, stream):
+def count_pairs(y, length, width, stream):
     """How many pairs of rows there are behind a run's first line, if its rows are taken two at a time: then the
     coefficients are loaded half as often."""
     if stream or width % STRIP:
         return 0
-    return max(0, length - before_line(x)) // (2 * width)
+    return max(0, length - before_line(y)) // (2 * width)
 
 
 @helper
@@ -696,9 +697,9 @@ def next_column(j, n_columns, width):
 
 @helper
 def trails(y, x):
-    """Whether y lies less than two strips behind x, not counting whole pages. The processor tells loads from the stores
-    before them by the place in the page: x's next strip would wait for the strip of y that was just stored."""
-    return (address(y) - address(x) - 1) & (PAGE - 1) < 2 * STRIP * size_of(y) - 1
+    """Whether y lies less than two strips behind x, not counting whole pages. Some processors tell loads from the
+    stores before them by the place in the page: x's next strip would wait for the strip of y that was just stored."""
+    return LOADS_WAIT and (address(y) - address(x) - 1) & (PAGE - 1) < 2 * STRIP * size_of(y) - 1
 
 
 @helper
@@ -789,7 +790,7 @@ def affine_runs_as(x, stride, x_ahead, n_runs, length, width, coefs, relu, strea
         if stream:
             i = begin_stream(y_run, length, y_ahead)
         elif length > width:  # several rows
-            i = min(length, before_line(x_run))
+            i = min(length, before_line(y_run))
         if i:
             affine_rest(x_run, i, coefs, relu, y_run)
             j = next_column(0, i, width)
@@ -820,7 +821,7 @@ def affine_runs(x, stride, x_ahead, n_runs, length, width, coefs, relu, stream, 
 def affine_channels_as(x, x_ahead, channels, inner, coefs, relu, stream, y, y_ahead):
     none = np.int64(0)
     length = channels * inner
-    i = min(length, begin_stream(y, length, none) if stream else before_line(x))
+    i = min(length, begin_stream(y, length, none) if stream else before_line(y))
     left = inner - i  # of the channel
     affine_rest(x, i, coefs, relu, y)
     while i + STRIP <= length:
@@ -862,7 +863,7 @@ def affine_channels(
 
 @inline
 def affine_rows_as(x, stride, x_ahead, n_rows, width, coefs, relu, y, y_stride, y_ahead):
-    begin = before_line(x) if on_lines(x, stride, width) else 0
+    begin = before_line(y) if on_lines(y, y_stride, width) else 0
     n_strips = (width - begin) // STRIP
     end = begin + n_strips * STRIP
     one = np.int64(1)
@@ -965,8 +966,8 @@ def affine_pairs(x, n_pairs, width, coefs, relu, near, y):
 @inline
 def affine_run(x, x_ahead, length, width, coefs, relu, stream, y, y_ahead):
     one = np.int64(1)
-    n_pairs = count_pairs(x, length, width, stream)
-    begin = before_line(x) if n_pairs > 0 else 0
+    n_pairs = count_pairs(y, length, width, stream)
+    begin = before_line(y) if n_pairs > 0 else 0
     done = begin + n_pairs * 2 * width
     if n_pairs > 0:
         affine_rest(x, begin, coefs, relu, y)
@@ -994,9 +995,8 @@ def affine_task(
     stream_rows = stream and (plan.fold == 1 or has_whole_lines(y, y_stride))
     one_run = not plan.by_inner and stride == width and y_stride == width
     joined = stream and not stream_rows and y_stride == width
-    lines = y if stream else x  # the strips begin with its lines
-    aligned = not plan.by_inner and (one_run or joined or on_lines(lines, y_stride if stream else stride, width))
-    coefs = place_coefs(memory, before_line(lines) if aligned else 0)
+    aligned = not plan.by_inner and (one_run or joined or on_lines(y, y_stride, width))
+    coefs = place_coefs(memory, before_line(y) if aligned else 0)
     spread_rows(channel_coefs, 3, plan, plan.fold, c0, channels, coefs)
     x = at(x, c0 * plan.inner)
     y = at(y, c0 * plan.inner)
@@ -1322,7 +1322,7 @@ def grad_affine_runs_as(
         if stream:
             i = begin_stream(grad_x_run, length, grad_x_ahead)
         elif length > width:  # several rows
-            i = min(length, before_line(x_run))
+            i = min(length, before_line(grad_x_run))
         if i:
             grad_affine_rest(dy_run, x_run, i, coefs, relu, training, grad_x_run)
             j = next_column(0, i, width)
@@ -1363,7 +1363,7 @@ def grad_affine_channels_as(
 ):
     none = np.int64(0)
     length = channels * inner
-    i = min(length, begin_stream(grad_x, length, none) if stream else before_line(x))
+    i = min(length, begin_stream(grad_x, length, none) if stream else before_line(grad_x))
     left = inner - i  # of the channel
     grad_affine_rest(dy, x, i, coefs, relu, training, grad_x)
     while i + STRIP <= length:
@@ -1414,7 +1414,7 @@ def grad_affine_rows_as(
     dy, dy_stride, dy_ahead, x, x_stride, x_ahead, n_rows, width, coefs, relu, training,
     grad_x, grad_x_stride, grad_x_ahead,
 ):
-    begin = before_line(x) if on_lines(x, x_stride, width) else 0
+    begin = before_line(grad_x) if on_lines(grad_x, grad_x_stride, width) else 0
     n_strips = (width - begin) // STRIP
     end = begin + n_strips * STRIP
     one = np.int64(1)
@@ -1536,8 +1536,8 @@ def grad_affine_pairs(dy, x, n_pairs, width, coefs, relu, near, grad_x):
 @inline
 def grad_affine_run(dy, dy_ahead, x, x_ahead, length, width, coefs, relu, training, stream, grad_x, grad_x_ahead):
     one = np.int64(1)
-    n_pairs = count_pairs(x, length, width, stream or not training)
-    begin = before_line(x) if n_pairs > 0 else 0
+    n_pairs = count_pairs(grad_x, length, width, stream or not training)
+    begin = before_line(grad_x) if n_pairs > 0 else 0
     done = begin + n_pairs * 2 * width
     if n_pairs > 0:
         grad_affine_rest(dy, x, begin, coefs, relu, training, grad_x)
@@ -1568,10 +1568,8 @@ def grad_affine_task(
     stream_rows = stream and (plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride))
     one_run = not plan.by_inner and dy_stride == width and x_stride == width and grad_x_stride == width
     joined = stream and not stream_rows and grad_x_stride == width
-    lines = grad_x if stream else x
-    aligned = not plan.by_inner and (
-        one_run or joined or on_lines(lines, grad_x_stride if stream else x_stride, width))
-    coefs = place_coefs(memory, before_line(lines) if aligned else 0)
+    aligned = not plan.by_inner and (one_run or joined or on_lines(grad_x, grad_x_stride, width))
+    coefs = place_coefs(memory, before_line(grad_x) if aligned else 0)
     spread_rows(channel_coefs, 3, plan, plan.fold, c0, channels, coefs)
     spread_rows(linear, 4, plan, plan.fold, c0, channels, at(coefs, FACTOR))
     dy = at(dy, c0 * plan.inner)
