@@ -70,9 +70,11 @@ cdef enum:
     # A tile's sums lie in one array, so far apart that a sum just stored and what is loaded next are not in the same
     # place of two pages: 4 KiB apart, the sums of the backward took up to 1.4 times as long, by where the stack was.
     SUMS_PITCH = TILE + 128
-    # Where a tile's coefficients lie in its one array, so that a strip takes one pointer for all of them. Behind those
-    # of a wide row lie those of the next one's first strip, so that a strip may run over the end of a row.
-    PITCH = TILE + STRIP
+    WIDE = 2048           # columns whose coefficients a task of the elementwise passes keeps on its stack: of rows cut as
+    # the sums' are, 4096x1024 took 1.25 times as long, 32768x1024 1.3 to 1.5 times (Sapphire Rapids, two threads)
+    # Where they lie in its one array, so that a strip takes one pointer for all of them. Behind those of a wide row lie
+    # those of the next one's first strip, so that a strip may run over the end of a row.
+    PITCH = WIDE + STRIP
     CENTER = 0              # y = (x - center) * scale + offset
     SCALE = PITCH
     OFFSET = 2 * PITCH
@@ -112,8 +114,12 @@ cdef struct Block:
     Py_ssize_t length
 
 
-cdef struct Band:          # what one thread does of an elementwise pass: of the tasks
-    Py_ssize_t first       # from here
+cdef struct Band:          # what one thread does of an elementwise pass
+    Py_ssize_t c0          # of the channels from here
+    Py_ssize_t c1          # up to here
+    Py_ssize_t tile        # so many a task
+    Py_ssize_t n_tiles
+    Py_ssize_t first       # of the tasks, tile by tile and chunk by chunk, from here
     Py_ssize_t last        # up to here
     Py_ssize_t row         # the rows from here
     Py_ssize_t end         # up to here
@@ -758,8 +764,9 @@ cdef inline Py_ssize_t count_pairs(
 ) noexcept nogil:
     """How many pairs of rows there are behind a run's first line, if its rows are taken two at a time: with the
     coefficients loaded half as often, affine took 0.83 of the time in L2 and 0.89 in L3, grad_affine 0.88 and 0.95.
-    Not where a strip of coefficients is several vectors: GCC keeps them on the stack (AVX2: 2 to 4 times the time)."""
-    if stream or width % STRIP or STRIP * <Py_ssize_t>sizeof(floating) > VECTOR_BYTES:
+    Not where a strip of coefficients is several vectors: GCC keeps them on the stack (AVX2: 2 to 4 times the time). Nor
+    of wider rows than 512 columns: 512x768 took 0.97 to 1.17 of the time, 256x1024 1.1 to 1.25."""
+    if stream or width > TILE or width % STRIP or STRIP * <Py_ssize_t>sizeof(floating) > VECTOR_BYTES:
         return 0
     return max(0, length - before_line(y)) // (2 * width)
 
@@ -1092,8 +1099,8 @@ cdef void affine_task(
 ) noexcept nogil:
     cdef floating memory[3 * PITCH + 2 * STRIP]
     cdef floating x_buffer[ROWS * TILE]
-    cdef Py_ssize_t c0 = tile * plan.tile
-    cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
+    cdef Py_ssize_t c0 = band.c0 + tile * band.tile
+    cdef Py_ssize_t channels = min(band.tile, band.c1 - c0)
     cdef Py_ssize_t width = channels * plan.repeat, step = ROWS * plan.fold
     cdef Py_ssize_t segment = channels * plan.inner if plan.by_inner else width
     cdef Py_ssize_t x_ahead = lead(stride, segment, stream)
@@ -1762,8 +1769,8 @@ cdef void grad_affine_task(
     cdef floating memory[7 * PITCH + 2 * STRIP]
     cdef floating dy_buffer[ROWS * TILE]
     cdef floating x_buffer[ROWS * TILE]
-    cdef Py_ssize_t c0 = tile * plan.tile
-    cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
+    cdef Py_ssize_t c0 = band.c0 + tile * band.tile
+    cdef Py_ssize_t channels = min(band.tile, band.c1 - c0)
     cdef Py_ssize_t width = channels * plan.repeat, step = ROWS * plan.fold
     cdef Py_ssize_t segment = channels * plan.inner if plan.by_inner else width
     cdef Py_ssize_t dy_ahead = lead(dy_stride, segment, stream), x_ahead = lead(x_stride, segment, stream)
@@ -1871,14 +1878,19 @@ cdef inline Band band_of(const Plan* plan, const Part* part) noexcept nogil:
     46 us instead of 15, and 21 on one thread)."""
     cdef Band band
     cdef Py_ssize_t rows = plan.chunk * plan.block_outer
+    band.c0 = part.tile * plan.tile
+    band.c1 = min(band.c0 + part.n_tiles * plan.tile, plan.channels)
     if plan.by_inner or plan.outer < 4 * ROWS * part.size:
+        band.tile, band.n_tiles = plan.tile, part.n_tiles
         band.row, band.end = 0, plan.outer
         band.first = share(plan.n_chunks * part.n_tiles, part, 0)
         band.last = share(plan.n_chunks * part.n_tiles, part, 1)
     else:
+        band.tile = WIDE // plan.repeat
+        band.n_tiles = ceil_div(band.c1 - band.c0, band.tile)
         band.row, band.end = share(plan.outer, part, 0), share(plan.outer, part, 1)
-        band.first = band.row // rows * part.n_tiles
-        band.last = ceil_div(band.end, rows) * part.n_tiles
+        band.first = band.row // rows * band.n_tiles
+        band.last = ceil_div(band.end, rows) * band.n_tiles
     return band
 
 
@@ -1913,8 +1925,7 @@ cdef void affine_part(
     cdef Band band = band_of(plan, part)
     # Backwards: what moments_part read last is still in the cache.
     for task in range(band.last - 1, band.first - 1, -1):
-        affine_task(x, stride, plan, &band, task // part.n_tiles, part.tile + task % part.n_tiles, coefs, relu, stream,
-                    y, y_stride)
+        affine_task(x, stride, plan, &band, task // band.n_tiles, task % band.n_tiles, coefs, relu, stream, y, y_stride)
 
 
 cdef void grad_moments_part(
@@ -1939,7 +1950,7 @@ cdef void grad_affine_part(
     cdef Py_ssize_t task
     cdef Band band = band_of(plan, part)
     for task in range(band.last - 1, band.first - 1, -1):
-        grad_affine_task(dy, dy_stride, x, x_stride, plan, &band, task // part.n_tiles, part.tile + task % part.n_tiles,
+        grad_affine_task(dy, dy_stride, x, x_stride, plan, &band, task // band.n_tiles, task % band.n_tiles,
                          coefs, linear, relu, training, stream, grad_x, grad_x_stride)
 
 
