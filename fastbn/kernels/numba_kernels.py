@@ -68,9 +68,10 @@ BUFFER = ROWS * TILE   # elements of a task's buffers
 BOTH = 2 * STRIP
 SUMS_PITCH = TILE + 128  # from one of a tile's sums to the next: 4 KiB apart, stores would hold up loads
 SUMS = 3 * SUMS_PITCH
-# Where a tile's coefficients lie in its one array, so that a strip takes one pointer for all of them. Behind those of a
-# wide row lie those of the next one's first strip, so that a strip may run over the end of a row.
-PITCH = TILE + STRIP
+WIDE = 2048            # columns whose coefficients a task of the elementwise passes keeps on its stack
+# Where they lie in its one array, so that a strip takes one pointer for all of them. Behind those of a wide row lie
+# those of the next one's first strip, so that a strip may run over the end of a row.
+PITCH = WIDE + STRIP
 CENTER = 0             # y = (x - center) * scale + offset
 SCALE = PITCH
 OFFSET = 2 * PITCH
@@ -111,8 +112,12 @@ class Block(NamedTuple):
     length: int
 
 
-class Band(NamedTuple):  # what one thread does of an elementwise pass: of the tasks
-    first: int        # from here
+class Band(NamedTuple):  # what one thread does of an elementwise pass
+    c0: int           # of the channels from here
+    c1: int           # up to here
+    tile: int         # so many a task
+    n_tiles: int
+    first: int        # of the tasks, tile by tile and chunk by chunk, from here
     last: int         # up to here
     row: int          # the rows from here
     end: int          # up to here
@@ -680,8 +685,8 @@ def on_lines(y, stride, length):
 @helper
 def count_pairs(y, length, width, stream):
     """How many pairs of rows there are behind a run's first line, if its rows are taken two at a time: then the
-    coefficients are loaded half as often."""
-    if stream or width % STRIP:
+    coefficients are loaded half as often. Not of wider rows than 512 columns."""
+    if stream or width > TILE or width % STRIP:
         return 0
     return max(0, length - before_line(y)) // (2 * width)
 
@@ -985,8 +990,8 @@ def affine_task(
 ):
     memory = local(COEFS, x)
     x_buffer = local(BUFFER, x)
-    c0 = tile * plan.tile
-    channels = min(plan.tile, plan.channels - c0)
+    c0 = band.c0 + tile * band.tile
+    channels = min(band.tile, band.c1 - c0)
     width = channels * plan.repeat
     step = ROWS * plan.fold
     segment = channels * plan.inner if plan.by_inner else width
@@ -1558,8 +1563,8 @@ def grad_affine_task(
     memory = local(COEFS, x)
     dy_buffer = local(BUFFER, x)
     x_buffer = local(BUFFER, x)
-    c0 = tile * plan.tile
-    channels = min(plan.tile, plan.channels - c0)
+    c0 = band.c0 + tile * band.tile
+    channels = min(band.tile, band.c1 - c0)
     width = channels * plan.repeat
     step = ROWS * plan.fold
     segment = channels * plan.inner if plan.by_inner else width
@@ -1647,12 +1652,16 @@ def channel_share(plan, part, further):
 def band_of(plan, part):
     """Its tasks of the first pass; but of columns, with rows enough, its share of the rows: threads that write the same
     rows take lines from each other, for the processor fetches ahead over the end of a tile."""
+    c0 = part.tile * plan.tile
+    c1 = min(c0 + part.n_tiles * plan.tile, plan.channels)
     if plan.by_inner or plan.outer < 4 * ROWS * part.size:
         n_tasks = plan.n_chunks * part.n_tiles
-        return Band(share(n_tasks, part, 0), share(n_tasks, part, 1), 0, plan.outer)
+        return Band(c0, c1, plan.tile, part.n_tiles, share(n_tasks, part, 0), share(n_tasks, part, 1), 0, plan.outer)
+    tile = WIDE // plan.repeat
+    n_tiles = ceil_div(c1 - c0, tile)
     rows = plan.chunk * plan.block_outer
     row, end = share(plan.outer, part, 0), share(plan.outer, part, 1)
-    return Band(row // rows * part.n_tiles, ceil_div(end, rows) * part.n_tiles, row, end)
+    return Band(c0, c1, tile, n_tiles, row // rows * n_tiles, ceil_div(end, rows) * n_tiles, row, end)
 
 
 def moments_worker(part, job):
@@ -1688,8 +1697,7 @@ def affine_worker(part, job):
     band = band_of(plan, part)
     # Backwards: what moments_worker read last is still in the cache.
     for task in range(band.last - 1, band.first - 1, -1):
-        affine_task(x, stride, plan, band, task // part.n_tiles, part.tile + task % part.n_tiles, coefs, relu, stream,
-                    y, y_stride)
+        affine_task(x, stride, plan, band, task // band.n_tiles, task % band.n_tiles, coefs, relu, stream, y, y_stride)
     if stream:
         stream_end()
 
@@ -1723,8 +1731,8 @@ def grad_affine_worker(part, job):
     dy, dy_stride, x, x_stride, plan, coefs, linear, relu, training, stream, grad_x, grad_x_stride = loaded(job)
     band = band_of(plan, part)
     for task in range(band.last - 1, band.first - 1, -1):
-        grad_affine_task(dy, dy_stride, x, x_stride, plan, band, task // part.n_tiles,
-                         part.tile + task % part.n_tiles, coefs, linear, relu, training, stream, grad_x, grad_x_stride)
+        grad_affine_task(dy, dy_stride, x, x_stride, plan, band, task // band.n_tiles, task % band.n_tiles,
+                         coefs, linear, relu, training, stream, grad_x, grad_x_stride)
     if stream:
         stream_end()
 
