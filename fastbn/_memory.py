@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 POOLED_BYTES = 1 << 20
 _GRAIN = 1 << 20  # sizes are rounded up to this, so that batches of nearly the same size share blocks
 _PAGE = 4096
-_PLACE = 2048 + 64  # where outputs begin in a page: on a line, and half a page from where NumPy's large arrays begin, 16
-# bytes in, and those of other allocators. A line in, they were so little behind x that the kernels would take strips
-# from the last one on: on a Sapphire Rapids and two threads, inference of 65536x256 6.3 ms, with half a page 5.0.
+_PLACE = 2048 + 64  # Where outputs begin in a page: on a line, and half a page from where NumPy's large arrays begin.
+# A line into a page they were so little behind x that loads could wait for stores, or the kernels would go back (see
+# goes_back there). Sapphire Rapids, two threads: inference of 65536x256 6.3 ms, now 5.0.
 
 
 class _Block:
@@ -109,7 +109,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
 
 
 def take(nbytes: int) -> Owner:
-    """The owner of so many bytes of memory that begins with a line, from the pool or new; for arrays to have as their base."""
+    """The owner of so many bytes of memory, from the pool or new; for arrays to have as their base."""
     nbytes = -(-nbytes // _GRAIN) * _GRAIN + _PAGE
     return Owner(_kept(nbytes) or _new(nbytes))
 

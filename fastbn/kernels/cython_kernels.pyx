@@ -70,8 +70,8 @@ cdef enum:
     # A tile's sums lie in one array, so far apart that a sum just stored and what is loaded next are not in the same
     # place of two pages: 4 KiB apart, the sums of the backward took up to 1.4 times as long, by where the stack was.
     SUMS_PITCH = TILE + 128
-    WIDE = 2048           # columns whose coefficients a task of the elementwise passes keeps on its stack: of rows cut as
-    # the sums' are, 4096x1024 took 1.25 times as long, 32768x1024 1.3 to 1.5 times (Sapphire Rapids, two threads)
+    WIDE = 2048           # columns whose coefficients a task of the elementwise passes keeps on its stack: in tasks of
+    # TILE columns 4096x1024 took 1.25 times as long, 32768x1024 1.3 to 1.5 times (Sapphire Rapids, two threads)
     # Where they lie in its one array, so that a strip takes one pointer for all of them. Behind those of a wide row lie
     # those of the next one's first strip, so that a strip may run over the end of a row.
     PITCH = WIDE + STRIP

@@ -60,8 +60,8 @@ static inline int fastbn_cpu_level(void) {
 #endif
 }
 
-/* Whether a load waits for a store before it at the same place of another page, until the store is done. Zen 4's loads do;
-   those of a Sapphire Rapids wait little, and past its caches, going back lost more than that: affine of 65536x256 1.25. */
+/* Whether a load waits for a store before it to the same place of another page. Zen 4's do; a Sapphire Rapids's wait
+   little, and past the caches going back costs it more than that: 65536x256 affine 1.25 times the time. */
 static inline int loads_wait(void) {
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
     return __builtin_cpu_is("amd");
