@@ -129,6 +129,24 @@ def test_bare_passes_at_any_address(nbytes, offset):
     assert (memory[start + nbytes :] == 99).all()
 
 
+@pytest.mark.parametrize("nbytes", [300_007, 10 << 20])  # through the caches and past them
+def test_bare_passes_where_loads_would_wait_for_stores(nbytes):
+    distance = -(-nbytes // (1 << 20)) << 20  # so the processor would not tell the arrays apart
+    memory = np.full(3 * distance + (1 << 12), 99, np.uint8)
+    a, b = np.random.default_rng(0).integers(256, size=(2, nbytes), dtype=np.uint8)
+    x, y = memory[:nbytes], memory[distance : distance + nbytes]
+    x[:], y[:] = a, b
+    for behind in (16, 64, 100, 128):
+        out = memory[2 * distance + behind :][:nbytes]
+        passes.copy(x, out, 2)
+        np.testing.assert_array_equal(out, a)
+        passes.combine(x, y, out, 2)
+        np.testing.assert_array_equal(out, a ^ b)
+        assert (memory[2 * distance : 2 * distance + behind] == 99).all()
+        assert (memory[2 * distance + behind + nbytes :] == 99).all()
+        memory[2 * distance :] = 99
+
+
 @pytest.mark.parametrize("width", [64, 72, 100, 256, 777])
 @pytest.mark.parametrize("n_rows", [1, 2, 129, 1000])
 @pytest.mark.parametrize("offset", [0, 3, 16, 63])

@@ -51,7 +51,7 @@ def test_outputs_that_bypass_the_caches(compiled, dtype, layout):
     """At any address, also a little behind an input's place in its page; in place they do not bypass them."""
     x, grad_y, gamma, beta, axis = draw(PAST_THE_CACHES[layout], dtype, frozen=False)
     if x.flags.c_contiguous:
-        x, grad_y = at_address(x, 0, PAGE), at_address(grad_y, 0, PAGE)
+        x, grad_y = at_address(x, 0, MEBIBYTE), at_address(grad_y, 0, MEBIBYTE)
     y, inferred, grad_x = (at_address(array, 8) for array in (x, x, grad_y))
     assert y.nbytes >= 1 << 24
     options = {"axis": axis, "activation": "relu", "backend": compiled}
@@ -60,7 +60,7 @@ def test_outputs_that_bypass_the_caches(compiled, dtype, layout):
     fastbn.batch_norm_inference(inferred, saved.mean, saved.var, gamma, beta, out=inferred, **options)
     fastbn.batch_norm_backward(grad_x, saved, out=grad_x, backend=compiled)
     for offset in (0, 8, 16, 56):
-        outs = [at_address(np.full_like(x, np.nan), offset, PAGE) for _ in range(3)]
+        outs = [at_address(np.full_like(x, np.nan), offset, MEBIBYTE) for _ in range(3)]
         fastbn.batch_norm(x, gamma, beta, out=outs[0], **options)
         fastbn.batch_norm_inference(x, saved.mean, saved.var, gamma, beta, out=outs[1], **options)
         fastbn.batch_norm_backward(grad_y, saved, out=outs[2], backend=compiled)
@@ -151,11 +151,11 @@ def is_untouched_around(copy):
     return (memory[:start] == UNTOUCHED).all() and (memory[start + copy.nbytes :] == UNTOUCHED).all()
 
 
-LINE, PAGE = 64, 4096
+LINE, MEBIBYTE = 64, 1 << 20
 
 
 def at_address(values, offset, unit=LINE):
-    """A copy of values that starts `offset` bytes behind a cache line, or a page."""
+    """A copy of values that starts `offset` bytes behind a cache line, or another unit."""
     memory = np.full(values.nbytes + 2 * unit, UNTOUCHED, np.uint8)
     start = -memory.ctypes.data % unit + offset
     copy = memory[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
@@ -186,14 +186,15 @@ def test_every_address(compiled, layout):
 
 
 @pytest.mark.parametrize("layout", ["260x512", "260x513", "33x5000", "inner 49"])
-def test_every_distance_within_a_page(compiled, dtype, layout):
-    """Where an output lies a little behind an input, its strips are written from the last one on."""
+def test_every_distance_within_a_mebibyte(compiled, dtype, layout):
+    """Where an output lies a little behind an input, its strips are written from the last one on. What processors
+    do not tell apart is a page or a mebibyte."""
     x, grad_y, gamma, beta, axis = drawn(layout, dtype)
     expected = everything(x, grad_y, gamma, beta, axis, backend=compiled)
     for distance in range(-288, 289, 8):
         between_inputs = distance // 24 * 8
-        moved = at_address(x, 1024, PAGE), at_address(grad_y, 1024 + between_inputs, PAGE)
-        outs = [at_address(np.full_like(x, np.nan), 1024 + distance, PAGE) for _ in range(3)]
+        moved = at_address(x, 1024, MEBIBYTE), at_address(grad_y, 1024 + between_inputs, MEBIBYTE)
+        outs = [at_address(np.full_like(x, np.nan), 1024 + distance, MEBIBYTE) for _ in range(3)]
         assert_all_the_same(everything(*moved, gamma, beta, axis, backend=compiled, outs=outs), expected)
         assert all(is_untouched_around(out) for out in outs)
 

@@ -10,7 +10,7 @@ from libc.stdint cimport uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 
 cdef extern from "machine.h" nogil:
-    bint loads_wait()
+    uintptr_t alias_bytes()
     void prefetch(const void* address)
     void prefetch_far(const void* address)
     void stream_line(void* target, const void* source)
@@ -42,7 +42,6 @@ cdef enum:
     FAR_AHEAD = 2 * AHEAD  # into L2, of two inputs: 262144x256 on Zen 4 10 % faster; reads and copies are not,
     # but for copies that go back
     LARGE_BYTES = 1 << 24
-    PAGE = 4096           # bytes
     STREAM_BYTES = 20 << 20  # of inputs and output: from here on the output bypasses the caches, as the kernels' does
 
 
@@ -64,9 +63,19 @@ cdef uint64_t read_lines(const Line* x, Py_ssize_t n, Py_ssize_t ahead) noexcept
 
 
 cdef inline bint trails(const void* out, const void* x) noexcept nogil:
-    """Whether out lies less than two lines behind x, not counting whole pages, and the processor's loads would wait for
-    the stores before them, unless each GROUP of lines is taken from its last one on."""
-    return loads_wait() and (<uintptr_t>out - <uintptr_t>x - 1) % PAGE < 2 * sizeof(Line) - 1
+    """Whether out lies less than two lines behind x, not counting what the processor does not tell apart: loads would
+    wait for the stores before them, unless each GROUP of lines is taken from its last one on."""
+    return (<uintptr_t>out - <uintptr_t>x - 1) & (alias_bytes() - 1) < 2 * sizeof(Line) - 1
+
+
+cdef inline void copy_line(const Line* x, Line* out) noexcept nogil:
+    """All of it is loaded before any is stored, for the same reason."""
+    cdef Part[PARTS] line
+    cdef Py_ssize_t j
+    for j in range(PARTS):
+        line[j] = x.parts[j]
+    for j in range(PARTS):
+        out.parts[j] = line[j]
 
 
 cdef void copy_lines(const Line* x, Line* out, Py_ssize_t n, Py_ssize_t ahead, bint stream) noexcept nogil:
@@ -82,10 +91,12 @@ cdef void copy_lines(const Line* x, Line* out, Py_ssize_t n, Py_ssize_t ahead, b
                 else:
                     prefetch(x + i + ahead)
                 stream_line(out + i, x + i)
+    elif back:  # 4 MB on a Sapphire Rapids 0.25 ms, forwards and part by part 1.1
+        for i in range(n - 1, -1, -1):
+            copy_line(x + i, out + i)
     else:
         for i in range(n):
-            for j in range(PARTS):
-                out[i].parts[j] = x[i].parts[j]
+            copy_line(x + i, out + i)
 
 
 cdef void combine_lines(const Line* a, const Line* b, Line* out, Py_ssize_t n, bint stream) noexcept nogil:
@@ -104,9 +115,11 @@ cdef void combine_lines(const Line* a, const Line* b, Line* out, Py_ssize_t n, b
                 stream_line(out + i, line)
         stream_end()
     else:
-        for i in range(n):
+        for k in range(n):
+            i = n - 1 - k if back else k
             for j in range(PARTS):
-                out[i].parts[j] = a[i].parts[j] ^ b[i].parts[j]
+                line[j] = a[i].parts[j] ^ b[i].parts[j]
+            memcpy(out + i, line, sizeof(Line))
 
 
 cdef Py_ssize_t before_line(const unsigned char[::1] out) noexcept:

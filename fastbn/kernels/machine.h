@@ -3,6 +3,7 @@
 #define FASTBN_MACHINE_H
 
 #include <stddef.h>
+#include <stdint.h>
 #include <string.h>
 
 #if defined(__SSE2__)
@@ -60,13 +61,13 @@ static inline int fastbn_cpu_level(void) {
 #endif
 }
 
-/* Whether a load waits for a store before it to the same place of another page. Zen 4's do; a Sapphire Rapids's wait
-   little, and past the caches going back costs it more than that: 65536x256 affine 1.25 times the time. */
-static inline int loads_wait(void) {
+/* A load waits for a store before it whose address differs by a multiple of this: of a page on Zen 4, on a Sapphire Rapids
+   of 1 MiB of physical memory (in huge pages, which NumPy asks for, of virtual memory as well). */
+static inline uintptr_t alias_bytes(void) {
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
-    return __builtin_cpu_is("amd");
+    return __builtin_cpu_is("amd") ? 4096 : 1 << 20;
 #else
-    return 0;
+    return 4096;
 #endif
 }
 
@@ -167,16 +168,23 @@ static inline const void *hidden(const void *pointer) {
     return pointer;
 }
 
-/* Copies the 64 bytes of a cache line past the caches to target, which is aligned to them. */
+/* Copies the 64 bytes of a cache line past the caches to target, which is aligned to them. All are loaded before the first
+   is stored, lest loads wait for stores (see alias_bytes). */
 static inline void stream_line(void *target, const void *source) {
 #if defined(__AVX512F__)
     _mm512_stream_si512(target, _mm512_loadu_si512(source));
 #elif defined(__AVX__)
-    for (int part = 0; part < 2; part++)
-        _mm256_stream_si256((__m256i *)target + part, _mm256_loadu_si256((const __m256i *)source + part));
+    __m256i part[2];
+    for (int i = 0; i < 2; i++)
+        part[i] = _mm256_loadu_si256((const __m256i *)source + i);
+    for (int i = 0; i < 2; i++)
+        _mm256_stream_si256((__m256i *)target + i, part[i]);
 #elif defined(__SSE2__)
-    for (int part = 0; part < 4; part++)
-        _mm_stream_si128((__m128i *)target + part, _mm_loadu_si128((const __m128i *)source + part));
+    __m128i part[4];
+    for (int i = 0; i < 4; i++)
+        part[i] = _mm_loadu_si128((const __m128i *)source + i);
+    for (int i = 0; i < 4; i++)
+        _mm_stream_si128((__m128i *)target + i, part[i]);
 #else
     memcpy(target, source, 64);
 #endif

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from fastbn.kernels.numba_machine import (
+    ALIAS_BYTES,
     DOUBLES,
     LINE,
-    LOADS_WAIT,
     address,
     at,
     cleared,
@@ -63,7 +63,6 @@ ROWS_AHEAD = 2 * ROWS  # wide rows that they fetch ahead into L2
 AHEAD = 512            # elements that runs and the elementwise passes fetch ahead
 FAR_AHEAD = 2048       # and where the data will not be in a cache, into L2 instead
 SERIAL_MERGES = 32768  # below so many partial results one thread merges them: starting the team takes longer
-PAGE = 4096            # bytes
 BUFFER = ROWS * TILE   # elements of a task's buffers
 BOTH = 2 * STRIP
 SUMS_PITCH = TILE + 128  # from one of a tile's sums to the next: 4 KiB apart, stores would hold up loads
@@ -702,9 +701,9 @@ def next_column(j, n_columns, width):
 
 @helper
 def trails(y, x):
-    """Whether y lies less than two strips behind x, not counting whole pages. Some processors tell loads from the
-    stores before them by the place in the page: x's next strip would wait for the strip of y that was just stored."""
-    return LOADS_WAIT and (address(y) - address(x) - 1) & (PAGE - 1) < 2 * STRIP * size_of(y) - 1
+    """Whether y lies less than two strips behind x, not counting what the processor does not tell apart: x's next strip
+    would wait for the strip of y that was just stored."""
+    return (address(y) - address(x) - 1) & (ALIAS_BYTES - 1) < 2 * STRIP * size_of(y) - 1
 
 
 @helper

@@ -12,8 +12,8 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 LINE = 64  # bytes of a cache line
-# Whether a load waits for a store before it at the same place of another page, until the store is done (machine.h).
-LOADS_WAIT = binding.get_host_cpu_name().startswith(("amdfam", "btver", "bdver", "znver"))
+# A load waits for a store before it whose address differs by a multiple of this (machine.h).
+ALIAS_BYTES = 4096 if binding.get_host_cpu_name().startswith(("amdfam", "btver", "bdver", "znver")) else 1 << 20
 
 OPTIONS = {"nogil": True, "error_model": "numpy"}
 INTERNAL = {**OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
