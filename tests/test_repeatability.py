@@ -48,7 +48,7 @@ def test_any_number_of_threads_for_a_large_array(compiled):
 
 @pytest.mark.parametrize("layout", PAST_THE_CACHES)
 def test_outputs_that_bypass_the_caches(compiled, dtype, layout):
-    """At any address, also a little behind an input's place in its page; in place they do not bypass them."""
+    """At any address, also a little behind an input's place in its MiB; in place they do not bypass them."""
     x, grad_y, gamma, beta, axis = draw(PAST_THE_CACHES[layout], dtype, frozen=False)
     if x.flags.c_contiguous:
         x, grad_y = at_address(x, 0, MEBIBYTE), at_address(grad_y, 0, MEBIBYTE)

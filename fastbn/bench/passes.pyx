@@ -64,12 +64,12 @@ cdef uint64_t read_lines(const Line* x, Py_ssize_t n, Py_ssize_t ahead) noexcept
 
 cdef inline bint trails(const void* out, const void* x) noexcept nogil:
     """Whether out lies less than two lines behind x, not counting what the processor does not tell apart: loads would
-    wait for the stores before them, unless each GROUP of lines is taken from its last one on."""
+    wait for the stores before them, unless lines are taken from the last one on, of each GROUP or of all."""
     return (<uintptr_t>out - <uintptr_t>x - 1) & (alias_bytes() - 1) < 2 * sizeof(Line) - 1
 
 
 cdef inline void copy_line(const Line* x, Line* out) noexcept nogil:
-    """All of it is loaded before any is stored, for the same reason."""
+    """All of it is loaded before any is stored, lest loads wait for stores."""
     cdef Part[PARTS] line
     cdef Py_ssize_t j
     for j in range(PARTS):

@@ -65,10 +65,10 @@ static inline int fastbn_cpu_level(void) {
    of 1 MiB of physical memory (in huge pages, which NumPy asks for, of virtual memory as well). */
 static inline uintptr_t alias_bytes(void) {
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
-    return __builtin_cpu_is("amd") ? 4096 : 1 << 20;
-#else
-    return 4096;
+    if (__builtin_cpu_is("amd"))
+        return 4096;
 #endif
+    return 1 << 20;
 }
 
 /* Bytes of a vector of the instruction set that this is compiled for. */
