@@ -145,8 +145,9 @@ def cpu_level():
     return fastbn_cpu_level()
 
 
-cdef inline Plan plan_of(cnp.ndarray x) noexcept:
-    return make_plan(cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2))
+cdef inline Plan plan_of(cnp.ndarray x, int n_inputs) noexcept:
+    return make_plan(cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2),
+                     n_inputs * cnp.PyArray_ITEMSIZE(x))
 
 
 cdef inline Py_ssize_t stride_of(cnp.ndarray x) noexcept:
@@ -169,10 +170,10 @@ def moments(
     int num_threads,
 ):
     if is_float(x):
-        launch_moments[float](<float*>data_of(x), stride_of(x), plan_of(x), <double*>data_of(mean),
+        launch_moments[float](<float*>data_of(x), stride_of(x), plan_of(x, 1), <double*>data_of(mean),
                               <double*>data_of(rest), <double*>data_of(m2), num_threads)
     else:
-        launch_moments[double](<double*>data_of(x), stride_of(x), plan_of(x), <double*>data_of(mean),
+        launch_moments[double](<double*>data_of(x), stride_of(x), plan_of(x, 1), <double*>data_of(mean),
                                <double*>data_of(rest), <double*>data_of(m2), num_threads)
 
 
@@ -184,10 +185,10 @@ def affine(
     int num_threads,
 ):
     if is_float(x):
-        launch_affine[float](<float*>data_of(x), stride_of(x), plan_of(x), <float*>data_of(coefs), relu,
+        launch_affine[float](<float*>data_of(x), stride_of(x), plan_of(x, 1), <float*>data_of(coefs), relu,
                              <float*>data_of(out), stride_of(out), num_threads)
     else:
-        launch_affine[double](<double*>data_of(x), stride_of(x), plan_of(x), <double*>data_of(coefs), relu,
+        launch_affine[double](<double*>data_of(x), stride_of(x), plan_of(x, 1), <double*>data_of(coefs), relu,
                               <double*>data_of(out), stride_of(out), num_threads)
 
 
@@ -203,12 +204,12 @@ def batch_norm(
     int num_threads,
 ):
     if is_float(x):
-        launch_batch_norm[float](<float*>data_of(x), stride_of(x), plan_of(x),
+        launch_batch_norm[float](<float*>data_of(x), stride_of(x), plan_of(x, 1),
                                  <float*>data_of(gamma), <float*>data_of(beta), eps, relu,
                                  <double*>data_of(stats), <float*>data_of(coefs),
                                  <float*>data_of(out), stride_of(out), num_threads)
     else:
-        launch_batch_norm[double](<double*>data_of(x), stride_of(x), plan_of(x),
+        launch_batch_norm[double](<double*>data_of(x), stride_of(x), plan_of(x, 1),
                                   <double*>data_of(gamma), <double*>data_of(beta), eps, relu,
                                   <double*>data_of(stats), <double*>data_of(coefs),
                                   <double*>data_of(out), stride_of(out), num_threads)
@@ -228,13 +229,13 @@ def batch_norm_inference(
     int num_threads,
 ):
     if is_float(x):
-        launch_inference[float](<float*>data_of(x), stride_of(x), plan_of(x),
+        launch_inference[float](<float*>data_of(x), stride_of(x), plan_of(x, 1),
                                 <double*>data_of(mean), <double*>data_of(var),
                                 <float*>data_of(gamma), <float*>data_of(beta), eps, relu,
                                 <double*>data_of(stats), <float*>data_of(coefs),
                                 <float*>data_of(out), stride_of(out), num_threads)
     else:
-        launch_inference[double](<double*>data_of(x), stride_of(x), plan_of(x),
+        launch_inference[double](<double*>data_of(x), stride_of(x), plan_of(x, 1),
                                  <double*>data_of(mean), <double*>data_of(var),
                                  <double*>data_of(gamma), <double*>data_of(beta), eps, relu,
                                  <double*>data_of(stats), <double*>data_of(coefs),
@@ -253,11 +254,11 @@ def grad_moments(
 ):
     if is_float(x):
         launch_grad_moments[float](<float*>data_of(grad_y), stride_of(grad_y), <float*>data_of(x), stride_of(x),
-                                   plan_of(x), <double*>data_of(mean), <float*>data_of(coefs), relu,
+                                   plan_of(x, 2), <double*>data_of(mean), <float*>data_of(coefs), relu,
                                    <double*>data_of(sum_dy), <double*>data_of(sum_dy_xmu), num_threads)
     else:
         launch_grad_moments[double](<double*>data_of(grad_y), stride_of(grad_y), <double*>data_of(x), stride_of(x),
-                                    plan_of(x), <double*>data_of(mean), <double*>data_of(coefs), relu,
+                                    plan_of(x, 2), <double*>data_of(mean), <double*>data_of(coefs), relu,
                                     <double*>data_of(sum_dy), <double*>data_of(sum_dy_xmu), num_threads)
 
 
@@ -272,11 +273,11 @@ def grad_affine(
 ):
     if is_float(x):
         launch_grad_affine[float](<float*>data_of(grad_y), stride_of(grad_y), <float*>data_of(x), stride_of(x),
-                                  plan_of(x), <float*>data_of(coefs), <float*>data_of(linear), relu,
+                                  plan_of(x, 2), <float*>data_of(coefs), <float*>data_of(linear), relu,
                                   <float*>data_of(out), stride_of(out), num_threads)
     else:
         launch_grad_affine[double](<double*>data_of(grad_y), stride_of(grad_y), <double*>data_of(x), stride_of(x),
-                                   plan_of(x), <double*>data_of(coefs), <double*>data_of(linear), relu,
+                                   plan_of(x, 2), <double*>data_of(coefs), <double*>data_of(linear), relu,
                                    <double*>data_of(out), stride_of(out), num_threads)
 
 
@@ -293,12 +294,12 @@ def batch_norm_backward(
 ):
     if is_float(x):
         launch_batch_norm_backward[float](
-            <float*>data_of(grad_y), stride_of(grad_y), <float*>data_of(x), stride_of(x), plan_of(x),
+            <float*>data_of(grad_y), stride_of(grad_y), <float*>data_of(x), stride_of(x), plan_of(x, 2),
             <double*>data_of(stats), <float*>data_of(coefs), relu, training,
             <float*>data_of(grads), <float*>data_of(out), stride_of(out), num_threads)
     else:
         launch_batch_norm_backward[double](
-            <double*>data_of(grad_y), stride_of(grad_y), <double*>data_of(x), stride_of(x), plan_of(x),
+            <double*>data_of(grad_y), stride_of(grad_y), <double*>data_of(x), stride_of(x), plan_of(x, 2),
             <double*>data_of(stats), <double*>data_of(coefs), relu, training,
             <double*>data_of(grads), <double*>data_of(out), stride_of(out), num_threads)
 
@@ -345,7 +346,7 @@ cdef inline bint is_apart_from(values, out) noexcept:
     return values is None or out is None or is_apart(<cnp.ndarray>values, <cnp.ndarray>out)
 
 
-cdef Plan plain_plan(cnp.ndarray x, axis):
+cdef Plan plain_plan(cnp.ndarray x, axis, int n_inputs):
     """The plan, with channels = 0 where x is empty or the axis is not a plain one."""
     cdef Py_ssize_t outer = 1, inner = 1
     cdef int i, at, ndim = cnp.PyArray_NDIM(x)
@@ -358,7 +359,7 @@ cdef Plan plain_plan(cnp.ndarray x, axis):
         outer *= cnp.PyArray_DIM(x, i)
     for i in range(at + 1, ndim):
         inner *= cnp.PyArray_DIM(x, i)
-    return make_plan(outer, cnp.PyArray_DIM(x, at), inner)
+    return make_plan(outer, cnp.PyArray_DIM(x, at), inner, n_inputs * cnp.PyArray_ITEMSIZE(x))
 
 
 cdef cnp.ndarray new_like(cnp.ndarray x):
@@ -402,7 +403,7 @@ def whole_batch_norm(
     cdef int typenum
     if not is_plain(x) or type(eps) is not float or not (activation is None or activation == "relu"):
         return None
-    plan = plain_plan(x, axis)
+    plan = plain_plan(x, axis, 1)
     typenum = cnp.PyArray_TYPE(<cnp.ndarray>x)
     if not (plan.channels and plan.outer * plan.inner > 1 and 0 <= <double>eps < INFINITY
             and is_plain_vector(gamma, plan.channels, typenum) and is_plain_vector(beta, plan.channels, typenum)
@@ -437,7 +438,7 @@ def whole_batch_norm_inference(
     cdef int typenum
     if not is_plain(x) or type(eps) is not float or not (activation is None or activation == "relu"):
         return None
-    plan = plain_plan(x, axis)
+    plan = plain_plan(x, axis, 1)
     typenum = cnp.PyArray_TYPE(<cnp.ndarray>x)
     if not (plan.channels and 0 <= <double>eps < INFINITY
             and is_plain_vector(gamma, plan.channels, typenum) and is_plain_vector(beta, plan.channels, typenum)
@@ -478,7 +479,7 @@ def whole_batch_norm_backward(
     if not (is_plain(x) and is_plain_like(grad_y, x) and is_plain_output(out, grad_y)
             and (out is None or is_apart(out, x))):
         return None
-    plan = plain_plan(x, axis)
+    plan = plain_plan(x, axis, 2)
     if not plan.channels or training and plan.outer * plan.inner == 2:  # functional.py has a formula for two values
         return None
     typenum = cnp.PyArray_TYPE(<cnp.ndarray>x)

@@ -41,6 +41,8 @@ cdef enum:
     HELD = 64             # narrow rows that make up so many columns are summed with the accumulators in registers,
     # AVX-512's 32 (16384x64: moments 0.9 of the time, sums of the backward 0.83; float64 both 0.65) ...
     HELD_ROWS = 64        # ... for so many wide rows, as many as the buffers for rows apart hold
+    HELD_BYTES = 2048     # and so are, so many columns at a time, near rows of a multiple of HELD columns and up to so
+    # many bytes (512x256: moments 0.95 of the time, 500x192 0.9, sums of its backward 0.85; longer ones up to 1.3)
     LANES = STRIP         # accumulators a channel where the inner axis is swept: one strip
     SHORT_INNER = 64      # inner axes shorter than this are swept as columns (64x512x7x7: moments half the time,
     # forward and backward 0.7), of few rows only those half as short (2x512x7x7: 1.5 times the time)
@@ -95,7 +97,8 @@ cdef struct Plan:
     bint by_inner          # sweep along the inner axis instead of across the columns
     Py_ssize_t repeat      # accumulators side by side that belong to one channel
     Py_ssize_t fold        # rows laid side by side to make a wide row (narrow data)
-    Py_ssize_t sums_fold   # and for the sums, of HELD columns where rows make up just so many
+    Py_ssize_t sums_fold   # and for the sums
+    bint held              # whether those are taken HELD columns at a time, with the accumulators in registers
     Py_ssize_t tile        # channels a tile
     Py_ssize_t n_tiles
     Py_ssize_t block_outer  # outer rows a block
@@ -128,7 +131,21 @@ cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return (a + b - 1) // b
 
 
-cdef Plan make_plan(Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner) noexcept nogil:
+cdef inline bint is_far(const Plan* plan, Py_ssize_t itemsize) noexcept nogil:
+    """Whether inputs of so many bytes an element will not be in a cache."""
+    return plan.outer * plan.channels * plan.inner * itemsize >= FAR_BYTES
+
+
+cdef inline bint is_near(const Plan* plan, Py_ssize_t itemsize) noexcept nogil:
+    """Whether an array of so many bytes an element is in the second caches."""
+    return plan.outer * plan.channels * plan.inner * itemsize < NEAR_BYTES
+
+
+cdef Plan make_plan(
+    Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner,
+    Py_ssize_t itemsize,       # IN   bytes of an element of all that the sums read
+) noexcept nogil:
+    cdef Py_ssize_t width = channels * inner
     cdef Plan plan
     plan.outer, plan.channels, plan.inner = outer, channels, inner
     plan.by_inner = inner >= (SHORT_INNER // 2 if outer < FEW_ROWS else SHORT_INNER)
@@ -147,13 +164,20 @@ cdef Plan make_plan(Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner) noe
         plan.block_inner = min(inner, BLOCK_INNER)
         plan.block_outer = max(1, BLOCK_INNER // inner)
     else:
-        while plan.n_tiles == 1 and 2 * plan.fold * channels * inner <= TILE and plan.fold * BLOCK_ROWS <= outer:
+        while plan.n_tiles == 1 and 2 * plan.fold * width <= TILE and plan.fold * BLOCK_ROWS <= outer:
             plan.fold *= 2
         plan.block_inner = inner
         plan.block_outer = plan.fold * BLOCK_ROWS
     plan.sums_fold = plan.fold
-    if VECTOR_BYTES == LINE and HELD % (channels * inner) == 0 and plan.fold * channels * inner >= HELD:
-        plan.sums_fold = HELD // (channels * inner)
+    plan.held = False
+    # Shorter vectors have fewer registers: strip by strip, AVX2 took 5 to 10 % longer from the third cache on.
+    if VECTOR_BYTES == LINE and not plan.by_inner and plan.fold * width >= HELD:
+        if HELD % width == 0:
+            plan.sums_fold = HELD // width
+            plan.held = True
+        elif width % HELD == 0 and width * itemsize <= HELD_BYTES and is_near(&plan, itemsize):
+            plan.sums_fold = 1
+            plan.held = True
     plan.n_segments = ceil_div(inner, plan.block_inner)
     plan.n_blocks = ceil_div(outer, plan.block_outer) * plan.n_segments
     plan.chunk = ceil_div(plan.n_blocks, MAX_CHUNKS)
@@ -179,9 +203,14 @@ cdef inline Block block_within(const Plan* plan, Py_ssize_t index, const Band* b
     return block
 
 
+cdef inline Py_ssize_t n_column_parts(const Plan* plan) noexcept nogil:
+    """Among how many threads the columns can be divided for the sums: each of them takes HELD or more."""
+    return plan.channels // HELD if plan.repeat == plan.sums_fold == 1 else 0
+
+
 cdef inline int team_wanted(const Plan* plan, Py_ssize_t itemsize, int num_threads) noexcept nogil:
-    """How many of num_threads are worth waking: no more than there are tasks, each with its fair share of bytes."""
-    cdef Py_ssize_t n = min(<Py_ssize_t>num_threads, plan.n_chunks * plan.n_tiles)
+    """How many of num_threads are worth waking: each must have something to do, and its fair share of bytes."""
+    cdef Py_ssize_t n = min(<Py_ssize_t>num_threads, max(plan.n_chunks * plan.n_tiles, n_column_parts(plan)))
     return <int>max(1, min(n, plan.outer * plan.channels * plan.inner * itemsize // SERIAL_BYTES))
 
 
@@ -233,25 +262,9 @@ cdef inline floating* first_line(floating* memory) noexcept nogil:
     return memory + before_line(memory)
 
 
-cdef inline bint is_held(Py_ssize_t width) noexcept nogil:
-    """Whether rows of so many columns are summed with the accumulators in registers. Shorter vectors have fewer of
-    those: strip by strip, AVX2 took 5 to 10 % longer from the third cache on."""
-    return VECTOR_BYTES == LINE and width == HELD
-
-
 cdef inline Py_ssize_t step_rows(const Plan* plan) noexcept nogil:
     """How many rows that lie apart are summed at a time."""
-    return (HELD_ROWS if is_held(plan.sums_fold * plan.channels * plan.repeat) else ROWS) * plan.sums_fold
-
-
-cdef inline bint is_far(const Plan* plan, Py_ssize_t itemsize) noexcept nogil:
-    """Whether inputs of so many bytes an element will not be in a cache."""
-    return plan.outer * plan.channels * plan.inner * itemsize >= FAR_BYTES
-
-
-cdef inline bint is_near(const Plan* plan, Py_ssize_t itemsize) noexcept nogil:
-    """Whether an array of so many bytes an element is in the second caches."""
-    return plan.outer * plan.channels * plan.inner * itemsize < NEAR_BYTES
+    return (HELD_ROWS if plan.held else ROWS) * plan.sums_fold
 
 
 cdef inline Py_ssize_t lead(Py_ssize_t stride, Py_ssize_t width, bint far) noexcept nogil:
@@ -430,23 +443,26 @@ cdef inline void sums_rows_as(
 
 
 cdef inline void sums_held(
-    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, bint far, const double* pivot, double* s1, double* s2,
-) noexcept nogil:
-    """Rows of HELD columns."""
-    cdef Py_ssize_t i
-    for i in range(ceil_div(n_rows, HELD_ROWS)):
-        sums_strip(x + i * HELD_ROWS * stride, stride, min(HELD_ROWS, n_rows - i * HELD_ROWS), HELD, far,
-                   pivot, s1, s2)
-
-
-cdef void sums_rows(
     const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, bint far,
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
-    if is_held(width) and far:
-        sums_held(x, stride, n_rows, True, pivot, s1, s2)
-    elif is_held(width):
-        sums_held(x, stride, n_rows, False, pivot, s1, s2)
+    cdef Py_ssize_t j = 0, r
+    while j < width:
+        r = 0
+        while r < n_rows:
+            sums_strip(x + r * stride + j, stride, min(HELD_ROWS, n_rows - r), HELD, far, pivot + j, s1 + j, s2 + j)
+            r += HELD_ROWS
+        j += HELD
+
+
+cdef void sums_rows(
+    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, bint held, bint far,
+    const double* pivot, double* s1, double* s2,
+) noexcept nogil:
+    if held and far:
+        sums_held(x, stride, n_rows, width, True, pivot, s1, s2)
+    elif held:
+        sums_held(x, stride, n_rows, width, False, pivot, s1, s2)
     elif far:  # a literal in each branch: tested in each strip, the flag took float64 3 to 7 % longer
         sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, True, pivot, s1, s2)
     else:
@@ -454,14 +470,14 @@ cdef void sums_rows(
 
 
 cdef void sums_run(
-    const floating* x, Py_ssize_t length, Py_ssize_t width, bint far,
+    const floating* x, Py_ssize_t length, Py_ssize_t width, bint held, bint far,
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     cdef Py_ssize_t n_rows = length // width
-    sums_rows(x, width, n_rows, width, far, pivot, s1, s2)
+    sums_rows(x, width, n_rows, width, held, far, pivot, s1, s2)
     if n_rows * width < length:
-        sums_rows(x + n_rows * width, width, 1, length - n_rows * width, far, pivot, s1, s2)
+        sums_rows(x + n_rows * width, width, 1, length - n_rows * width, False, far, pivot, s1, s2)
 
 
 cdef void sums_lanes(
@@ -484,7 +500,7 @@ cdef void sums_apart(
     """ROWS wide rows, of `fold` rows each that lie apart: summed where they lie."""
     cdef Py_ssize_t f
     for f in range(fold):
-        sums_rows(x + f * stride, fold * stride, ROWS, width, far,
+        sums_rows(x + f * stride, fold * stride, ROWS, width, False, far,
                   pivot + f * width, s1 + f * width, s2 + f * width)
 
 
@@ -502,18 +518,18 @@ cdef void sums_block(
                 sums_lanes(x + r * stride + c * plan.inner, length, lead(stride, channels * plan.inner, far), far,
                            pivot + c * LANES, s1 + c * LANES, s2 + c * LANES)
     elif plan.sums_fold == 1:
-        sums_rows(x, stride, n_rows, width, far, pivot, s1, s2)
+        sums_rows(x, stride, n_rows, width, plan.held, far, pivot, s1, s2)
     elif stride == width:
-        sums_run(x, n_rows * width, plan.sums_fold * width, far, pivot, s1, s2)
+        sums_run(x, n_rows * width, plan.sums_fold * width, plan.held, far, pivot, s1, s2)
     else:
         for i in range(ceil_div(n_rows, step)):
             r = i * step
             n = min(step, n_rows - r)
-            if n == step and width >= NARROW and not is_held(plan.sums_fold * width):
+            if n == step and width >= NARROW and not plan.held:
                 sums_apart(x + r * stride, stride, width, plan.sums_fold, far, pivot, s1, s2)
             else:
                 sums_run(gather(x + r * stride, stride, n, width, buffer), n * width, plan.sums_fold * width,
-                         False, pivot, s1, s2)
+                         plan.held, False, pivot, s1, s2)
     fold_sums(s1, channels, plan.repeat, plan.sums_fold)
     fold_sums(s2, channels, plan.repeat, plan.sums_fold)
 
@@ -548,8 +564,8 @@ cdef inline void settle(double* mean, double* rest, Py_ssize_t channels) noexcep
 
 
 cdef void moments_task(
-    const floating* x, Py_ssize_t stride, const Plan* plan, Py_ssize_t chunk, Py_ssize_t tile,
-    double* mean,              # OUT  (channels,) of this chunk
+    const floating* x, Py_ssize_t stride, const Plan* plan, Py_ssize_t chunk, Py_ssize_t c0, Py_ssize_t channels,
+    double* mean,              # OUT  of this chunk
     double* rest,              # OUT
     double* m2,                # OUT
 ) noexcept nogil:
@@ -559,9 +575,7 @@ cdef void moments_task(
     cdef double* s1 = pivot + SUMS_PITCH
     cdef double* s2 = s1 + SUMS_PITCH
     cdef double mean_b[TILE]
-    cdef Py_ssize_t c, index, c0 = tile * plan.tile
-    cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
-    cdef Py_ssize_t k, k_rows, k_length
+    cdef Py_ssize_t c, index, k, k_rows, k_length
     cdef double n, weight, count = 0
     cdef Block block
     cdef const floating* first
@@ -625,42 +639,76 @@ cdef void merge_chunks(
 # The per-channel arithmetic between the passes, in float64.
 # ---------------------------------------------------------------------------------------------------------------------
 
+cdef inline void normalize_strip(
+    const double* mean,        # IN   (n_columns,)
+    const double* rest,        # IN   what mean lacks; NULL: nothing
+    const double* m2, double n, const floating* gamma, const floating* beta, double eps, Py_ssize_t n_columns,
+    double* stats,             # OUT  mean, var, invstd, `pitch` apart
+    floating* coefs,           # OUT  center, scale, offset, `pitch` apart
+    Py_ssize_t pitch,
+) noexcept nogil:
+    """The mean in two floats: what the data's dtype holds is the center, the rest goes into the offset."""
+    # In arrays of their own the results cannot be the inputs for all the compiler knows. In loops through all channels,
+    # one for each result, 4096 of them took 1.6 times as long (32x4096: inference 1.1).
+    cdef double low[STRIP]
+    cdef double total[STRIP]
+    cdef double var[STRIP]
+    cdef double invstd[STRIP]
+    cdef floating center[STRIP]
+    cdef floating scale[STRIP]
+    cdef floating offset[STRIP]
+    cdef Py_ssize_t j
+    cdef double weight = 1 / n
+    if <Py_ssize_t>n & (<Py_ssize_t>n - 1):
+        for j in range(n_columns):
+            var[j] = m2[j] / n
+    else:  # a power of two (at inference 1): the product is exact; the division was a fourth of this function
+        for j in range(n_columns):
+            var[j] = m2[j] * weight
+    for j in range(n_columns):
+        low[j] = rest[j] if rest != NULL else 0
+        invstd[j] = 1 / sqrt(var[j] + eps)
+        total[j] = mean[j] + low[j]
+        center[j] = <floating>total[j]
+        scale[j] = <floating>(invstd[j] * gamma[j] if gamma != NULL else invstd[j])
+        offset[j] = <floating>(-((mean[j] - center[j]) + low[j]) * scale[j])
+        if beta != NULL:
+            offset[j] += beta[j]
+    for j in range(n_columns):
+        stats[j] = total[j]
+    for j in range(n_columns):
+        stats[pitch + j] = var[j]
+    for j in range(n_columns):
+        stats[2 * pitch + j] = invstd[j]
+    for j in range(n_columns):
+        coefs[j] = center[j]
+    for j in range(n_columns):
+        coefs[pitch + j] = scale[j]
+    for j in range(n_columns):
+        coefs[2 * pitch + j] = offset[j]
+
+
+cdef inline const floating* from_channel(const floating* values, Py_ssize_t c) noexcept nogil:
+    """values + c, or NULL."""
+    return values + c if values != NULL else NULL
+
+
 cdef void normalize_channels(
     const Plan* plan, Py_ssize_t c0, Py_ssize_t c1,
-    const double* mean,
-    const double* rest,        # IN   what mean lacks; NULL: nothing
-    const double* m2, double n, const floating* gamma, const floating* beta, double eps,
+    const double* mean, const double* rest, const double* m2, double n,
+    const floating* gamma, const floating* beta, double eps,
     double* stats,             # OUT  (3, channels): mean, var, invstd
     floating* coefs,           # OUT  (3, channels): center, scale, offset
 ) noexcept nogil:
-    """The mean in two floats: what the data's dtype holds is the center, the rest goes into the offset."""
-    cdef Py_ssize_t c, channels = plan.channels
-    cdef double weight = 1 / n
-    cdef double* var = stats + channels
-    cdef double* invstd = stats + 2 * channels
-    cdef floating* center = coefs
-    cdef floating* scale = coefs + channels
-    cdef floating* offset = coefs + 2 * channels
-    # Loops of few arrays, which the compiler can tell apart and so vectorises: at 4096 channels
-    # they were a quarter of a call.
-    if <Py_ssize_t>n & (<Py_ssize_t>n - 1):
-        for c in range(c0, c1):
-            var[c] = m2[c] / n
-    else:  # a power of two (at inference 1): the product is exact; the division was a fourth of this function
-        for c in range(c0, c1):
-            var[c] = m2[c] * weight
-    for c in range(c0, c1):
-        invstd[c] = 1 / sqrt(var[c] + eps)
-    for c in range(c0, c1):
-        stats[c] = mean[c] + (rest[c] if rest != NULL else 0)
-        center[c] = <floating>stats[c]
-    for c in range(c0, c1):
-        scale[c] = <floating>(invstd[c] * gamma[c] if gamma != NULL else invstd[c])
-    for c in range(c0, c1):
-        offset[c] = <floating>(-((mean[c] - center[c]) + (rest[c] if rest != NULL else 0)) * scale[c])
-    if beta != NULL:
-        for c in range(c0, c1):
-            offset[c] += beta[c]
+    cdef Py_ssize_t c = c0
+    while c + STRIP <= c1:
+        normalize_strip(mean + c, from_channel(rest, c), m2 + c, n, from_channel(gamma, c), from_channel(beta, c), eps,
+                        STRIP, stats + c, coefs + c, plan.channels)
+        c += STRIP
+    while c < c1:
+        normalize_strip(mean + c, from_channel(rest, c), m2 + c, n, from_channel(gamma, c), from_channel(beta, c), eps,
+                        1, stats + c, coefs + c, plan.channels)
+        c += 1
 
 
 cdef void gradient_channels(
@@ -1267,53 +1315,57 @@ cdef inline void grad_sums_rows_by(
 
 
 cdef inline void grad_sums_held_as(
-    const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, Py_ssize_t n_rows, bint far,
-    const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
-) noexcept nogil:
-    cdef Py_ssize_t i, r
-    for i in range(ceil_div(n_rows, HELD_ROWS)):
-        r = i * HELD_ROWS
-        grad_sums_strip(dy + r * dy_stride, dy_stride, x + r * x_stride, x_stride, min(HELD_ROWS, n_rows - r), HELD,
-                        far, mean, coefs, relu, s1, s2)
-
-
-cdef void grad_sums_held(
-    const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, Py_ssize_t n_rows, bint far,
-    const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
-) noexcept nogil:
-    """Rows of HELD columns."""
-    if relu and far:
-        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, True, mean, coefs, True, s1, s2)
-    elif relu:
-        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, False, mean, coefs, True, s1, s2)
-    elif far:
-        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, True, mean, coefs, False, s1, s2)
-    else:
-        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, False, mean, coefs, False, s1, s2)
-
-
-cdef void grad_sums_rows(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
     Py_ssize_t n_rows, Py_ssize_t width, bint far, const double* mean, const floating* coefs, bint relu,
     double* s1, double* s2,
 ) noexcept nogil:
+    cdef Py_ssize_t j = 0, r
+    while j < width:
+        r = 0
+        while r < n_rows:
+            grad_sums_strip(dy + r * dy_stride + j, dy_stride, x + r * x_stride + j, x_stride,
+                            min(HELD_ROWS, n_rows - r), HELD, far, mean + j, coefs + j, relu, s1 + j, s2 + j)
+            r += HELD_ROWS
+        j += HELD
+
+
+cdef void grad_sums_held(
+    const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
+    Py_ssize_t n_rows, Py_ssize_t width, bint far, const double* mean, const floating* coefs, bint relu,
+    double* s1, double* s2,
+) noexcept nogil:
+    if relu and far:
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, True, mean, coefs, True, s1, s2)
+    elif relu:
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, mean, coefs, True, s1, s2)
+    elif far:
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, True, mean, coefs, False, s1, s2)
+    else:
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, mean, coefs, False, s1, s2)
+
+
+cdef void grad_sums_rows(
+    const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
+    Py_ssize_t n_rows, Py_ssize_t width, bint held, bint far, const double* mean, const floating* coefs, bint relu,
+    double* s1, double* s2,
+) noexcept nogil:
     cdef Py_ssize_t ahead = COLUMNS_AHEAD // 2
-    if is_held(width):
-        grad_sums_held(dy, dy_stride, x, x_stride, n_rows, far, mean, coefs, relu, s1, s2)
+    if held:
+        grad_sums_held(dy, dy_stride, x, x_stride, n_rows, width, far, mean, coefs, relu, s1, s2)
     else:
         grad_sums_rows_by(dy, dy_stride, x, x_stride, n_rows, GRAD_ROWS, width, ahead, ahead, far,
                           mean, coefs, relu, s1, s2)
 
 
 cdef void grad_sums_run(
-    const floating* dy, const floating* x, Py_ssize_t length, Py_ssize_t width, bint far,
+    const floating* dy, const floating* x, Py_ssize_t length, Py_ssize_t width, bint held, bint far,
     const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
 ) noexcept nogil:
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     cdef Py_ssize_t n_rows = length // width, done = n_rows * width
-    grad_sums_rows(dy, width, x, width, n_rows, width, far, mean, coefs, relu, s1, s2)
+    grad_sums_rows(dy, width, x, width, n_rows, width, held, far, mean, coefs, relu, s1, s2)
     if done < length:
-        grad_sums_rows(dy + done, width, x + done, width, 1, length - done, far, mean, coefs, relu, s1, s2)
+        grad_sums_rows(dy + done, width, x + done, width, 1, length - done, False, far, mean, coefs, relu, s1, s2)
 
 
 cdef void grad_sums_lanes(
@@ -1324,7 +1376,7 @@ cdef void grad_sums_lanes(
     cdef Py_ssize_t n_rows = length // LANES, done = n_rows * LANES
     grad_sums_rows_by(dy, LANES, x, LANES, n_rows, ROWS, LANES, dy_ahead, x_ahead, far, mean, coefs, relu, s1, s2)
     if done < length:
-        grad_sums_rows(dy + done, LANES, x + done, LANES, 1, length - done, far, mean, coefs, relu, s1, s2)
+        grad_sums_rows(dy + done, LANES, x + done, LANES, 1, length - done, False, far, mean, coefs, relu, s1, s2)
 
 
 cdef void grad_sums_apart(
@@ -1335,17 +1387,17 @@ cdef void grad_sums_apart(
     cdef Py_ssize_t f, j
     for f in range(fold):
         j = f * width
-        grad_sums_rows(dy + f * dy_stride, fold * dy_stride, x + f * x_stride, fold * x_stride, ROWS, width, far,
-                       mean + j, coefs + j, relu, s1 + j, s2 + j)
+        grad_sums_rows(dy + f * dy_stride, fold * dy_stride, x + f * x_stride, fold * x_stride, ROWS, width, False,
+                       far, mean + j, coefs + j, relu, s1 + j, s2 + j)
 
 
 cdef void grad_moments_task(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
-    const Plan* plan, Py_ssize_t chunk, Py_ssize_t tile,
+    const Plan* plan, Py_ssize_t chunk, Py_ssize_t c0, Py_ssize_t channels,
     const double* channel_mean,     # IN   (channels,)
     const floating* channel_coefs,  # IN   (3, channels): center, scale, offset
     bint relu,
-    double* sum_dy,                 # OUT  (channels,) of this chunk
+    double* sum_dy,                 # OUT  of this chunk
     double* sum_dy_xmu,             # OUT
 ) noexcept nogil:
     cdef floating dy_buffer[ROWS * TILE]
@@ -1356,8 +1408,6 @@ cdef void grad_moments_task(
     cdef double* mean = first_line(memory)
     cdef double* s1 = mean + SUMS_PITCH
     cdef double* s2 = s1 + SUMS_PITCH
-    cdef Py_ssize_t c0 = tile * plan.tile
-    cdef Py_ssize_t channels = min(plan.tile, plan.channels - c0)
     cdef Py_ssize_t width = channels * plan.repeat, wide = plan.sums_fold * width, step = step_rows(plan)
     cdef Py_ssize_t index, r, c, i, n, last
     cdef bint far = is_far(plan, 2 * sizeof(floating))
@@ -1385,21 +1435,21 @@ cdef void grad_moments_task(
                                     mean + n, coefs + n, relu, s1 + n, s2 + n)
         elif plan.sums_fold == 1:
             grad_sums_rows(dy + block.row * dy_stride, dy_stride, x + block.row * x_stride, x_stride,
-                           block.n_rows, width, far, mean, coefs, relu, s1, s2)
+                           block.n_rows, width, plan.held, far, mean, coefs, relu, s1, s2)
         elif dy_stride == width and x_stride == width:
             i = block.row * width
-            grad_sums_run(dy + i, x + i, block.n_rows * width, wide, far, mean, coefs, relu, s1, s2)
+            grad_sums_run(dy + i, x + i, block.n_rows * width, wide, plan.held, far, mean, coefs, relu, s1, s2)
         else:
             for i in range(ceil_div(block.n_rows, step)):
                 r = block.row + i * step
                 n = min(step, last - r)
-                if n == step and width >= NARROW and not is_held(wide):
+                if n == step and width >= NARROW and not plan.held:
                     grad_sums_apart(dy + r * dy_stride, dy_stride, x + r * x_stride, x_stride, width, plan.sums_fold,
                                     far, mean, coefs, relu, s1, s2)
                 else:
                     grad_sums_run(gather(dy + r * dy_stride, dy_stride, n, width, dy_buffer),
                                   gather(x + r * x_stride, x_stride, n, width, x_buffer),
-                                  n * width, wide, False, mean, coefs, relu, s1, s2)
+                                  n * width, wide, plan.held, False, mean, coefs, relu, s1, s2)
         fold_sums(s1, channels, plan.repeat, plan.sums_fold)
         fold_sums(s2, channels, plan.repeat, plan.sums_fold)
         for c in range(channels):
@@ -1824,13 +1874,15 @@ cdef void grad_affine_task(
 # Workers: what one thread of the team does. Where tiles divide about evenly (of columns, two a thread or more) and are
 # not strips of many rows, a thread has its own and takes them one by one from the first pass to the last: nobody waits,
 # and a tile that fits its cache is read from memory once (32x256x14x14: 18 %). Otherwise the threads share all tiles,
-# and wait for each other between the passes. Either way, if there are chunks enough, a thread gets about the same data
-# in both passes, in the second in reverse order.
+# and wait for each other between the passes; but for the sums a thread has its own columns where tasks are too few to
+# divide about evenly. If there are chunks enough, a thread gets about the same data in both passes, in the second in
+# reverse order.
 # ---------------------------------------------------------------------------------------------------------------------
 
 cdef struct Part:
-    Py_ssize_t tile        # the first of
-    Py_ssize_t n_tiles     # these tiles
+    Py_ssize_t c0          # the channels from here
+    Py_ssize_t c1          # up to here
+    Py_ssize_t n_tiles
     int rank               # this thread's number among the
     int size               # threads that share the part
 
@@ -1840,24 +1892,47 @@ cdef inline bint has_own_tiles(const Plan* plan) noexcept nogil:
     return even and (plan.by_inner or (plan.n_chunks == 1 and plan.n_tiles >= 2 * team_size()))
 
 
-cdef inline Py_ssize_t first_part(const Plan* plan, int rank) noexcept nogil:
+cdef inline bint has_own_columns(const Plan* plan) noexcept nogil:
+    """Of two threads, forward and backward of 128x512, one task, took 0.8 and 0.7 of the time, of 384x512, three, 0.9.
+    Of 640x512, five, the backward would take 1.2: columns are shorter runs."""
+    cdef Py_ssize_t n_tasks = plan.n_chunks * plan.n_tiles
+    return n_tasks < 2 * team_size() and n_tasks % team_size() and n_column_parts(plan) >= team_size()
+
+
+cdef inline bint has_few_rows(const Plan* plan, int size) noexcept nogil:
+    return plan.outer < 4 * ROWS * size
+
+
+cdef inline Py_ssize_t first_tile(const Plan* plan, int rank) noexcept nogil:
     return plan.n_tiles * rank // team_size()
+
+
+cdef inline Py_ssize_t first_column(const Plan* plan, int rank) noexcept nogil:
+    """A whole number of strips, so that the bits do not depend on the threads."""
+    cdef Py_ssize_t n = HELD if plan.held else STRIP
+    return min(ceil_div(plan.channels, n) * rank // team_size() * n, plan.channels)
 
 
 cdef inline Py_ssize_t n_parts(const Plan* plan) noexcept nogil:
     """How many parts this thread takes, one after the other."""
-    return first_part(plan, team_rank() + 1) - first_part(plan, team_rank()) if has_own_tiles(plan) else 1
+    return first_tile(plan, team_rank() + 1) - first_tile(plan, team_rank()) if has_own_tiles(plan) else 1
 
 
-cdef inline Part part_at(const Plan* plan, Py_ssize_t index) noexcept nogil:
+cdef inline Part part_of(const Plan* plan, Py_ssize_t c0, Py_ssize_t c1, int rank, int size) noexcept nogil:
     cdef Part part
-    if has_own_tiles(plan):
-        part.tile, part.n_tiles = first_part(plan, team_rank()) + index, 1
-        part.rank, part.size = 0, 1
-    else:
-        part.tile, part.n_tiles = 0, plan.n_tiles
-        part.rank, part.size = team_rank(), team_size()
+    part.c0, part.c1, part.n_tiles, part.rank, part.size = c0, c1, ceil_div(c1 - c0, plan.tile), rank, size
     return part
+
+
+cdef inline Part part_at(const Plan* plan, Py_ssize_t index, bint sums) noexcept nogil:
+    """Of the sums and what follows them channel by channel, or of an elementwise pass."""
+    cdef Py_ssize_t c0
+    if has_own_tiles(plan):
+        c0 = (first_tile(plan, team_rank()) + index) * plan.tile
+        return part_of(plan, c0, min(c0 + plan.tile, plan.channels), 0, 1)
+    if has_own_columns(plan) and (sums or has_few_rows(plan, team_size())):
+        return part_of(plan, first_column(plan, team_rank()), first_column(plan, team_rank() + 1), 0, 1)
+    return part_of(plan, 0, plan.channels, team_rank(), team_size())
 
 
 cdef inline Py_ssize_t share(Py_ssize_t n, const Part* part, int further) noexcept nogil:
@@ -1865,10 +1940,9 @@ cdef inline Py_ssize_t share(Py_ssize_t n, const Part* part, int further) noexce
     return n * (part.rank + further) // part.size
 
 
-cdef inline Py_ssize_t channel_share(const Plan* plan, const Part* part, int further) noexcept nogil:
+cdef inline Py_ssize_t channel_share(const Part* part, int further) noexcept nogil:
     """The same for the part's channels."""
-    cdef Py_ssize_t c0 = part.tile * plan.tile
-    return c0 + share(min(part.n_tiles * plan.tile, plan.channels - c0), part, further)
+    return part.c0 + share(part.c1 - part.c0, part, further)
 
 
 cdef inline Band band_of(const Plan* plan, const Part* part) noexcept nogil:
@@ -1877,9 +1951,8 @@ cdef inline Band band_of(const Plan* plan, const Part* part) noexcept nogil:
     46 us instead of 15, and 21 on one thread)."""
     cdef Band band
     cdef Py_ssize_t rows = plan.chunk * plan.block_outer
-    band.c0 = part.tile * plan.tile
-    band.c1 = min(band.c0 + part.n_tiles * plan.tile, plan.channels)
-    if plan.by_inner or plan.outer < 4 * ROWS * part.size:
+    band.c0, band.c1 = part.c0, part.c1
+    if plan.by_inner or has_few_rows(plan, part.size):
         band.tile, band.n_tiles = plan.tile, part.n_tiles
         band.row, band.end = 0, plan.outer
         band.first = share(plan.n_chunks * part.n_tiles, part, 0)
@@ -1903,17 +1976,18 @@ cdef void moments_part(
     double* mean, double* rest, double* m2,  # OUT  (channels,) of chunk 0, and in the end of all
     double* partial,                         # (n_chunks, 3, channels): mean, rest, m2 of the other chunks
 ) noexcept nogil:
-    cdef Py_ssize_t task, chunk, tile, n_tasks = plan.n_chunks * part.n_tiles
+    cdef Py_ssize_t task, chunk, c0, channels, n_tasks = plan.n_chunks * part.n_tiles
     cdef double* own
     for task in range(share(n_tasks, part, 0), share(n_tasks, part, 1)):
-        chunk, tile = task // part.n_tiles, part.tile + task % part.n_tiles
+        chunk, c0 = task // part.n_tiles, part.c0 + task % part.n_tiles * plan.tile
+        channels = min(plan.tile, part.c1 - c0)
         if chunk == 0:
-            moments_task(x, stride, plan, chunk, tile, mean, rest, m2)
+            moments_task(x, stride, plan, chunk, c0, channels, mean, rest, m2)
         else:
             own = partial + 3 * chunk * plan.channels
-            moments_task(x, stride, plan, chunk, tile, own, own + plan.channels, own + 2 * plan.channels)
+            moments_task(x, stride, plan, chunk, c0, channels, own, own + plan.channels, own + 2 * plan.channels)
     wait_for_others(part)
-    merge_chunks(plan, mean, rest, m2, partial, channel_share(plan, part, 0), channel_share(plan, part, 1))
+    merge_chunks(plan, mean, rest, m2, partial, channel_share(part, 0), channel_share(part, 1))
 
 
 cdef void affine_part(
@@ -1931,14 +2005,14 @@ cdef void grad_moments_part(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, const Plan* plan,
     const Part* part, const double* mean, const floating* coefs, bint relu, double* sum_dy, double* sum_dy_xmu,
 ) noexcept nogil:
-    cdef Py_ssize_t task, chunk, n_tasks = plan.n_chunks * part.n_tiles
+    cdef Py_ssize_t task, chunk, c0, n_tasks = plan.n_chunks * part.n_tiles
     for task in range(share(n_tasks, part, 0), share(n_tasks, part, 1)):
-        chunk = task // part.n_tiles
-        grad_moments_task(dy, dy_stride, x, x_stride, plan, chunk, part.tile + task % part.n_tiles, mean, coefs, relu,
+        chunk, c0 = task // part.n_tiles, part.c0 + task % part.n_tiles * plan.tile
+        grad_moments_task(dy, dy_stride, x, x_stride, plan, chunk, c0, min(plan.tile, part.c1 - c0), mean, coefs, relu,
                           sum_dy + chunk * plan.channels, sum_dy_xmu + chunk * plan.channels)
     wait_for_others(part)
-    add_chunks(plan, sum_dy, channel_share(plan, part, 0), channel_share(plan, part, 1))
-    add_chunks(plan, sum_dy_xmu, channel_share(plan, part, 0), channel_share(plan, part, 1))
+    add_chunks(plan, sum_dy, channel_share(part, 0), channel_share(part, 1))
+    add_chunks(plan, sum_dy_xmu, channel_share(part, 0), channel_share(part, 1))
 
 
 cdef void grad_affine_part(
@@ -1959,10 +2033,10 @@ cdef void moments_worker(
     cdef Py_ssize_t index, c0
     cdef Part part
     for index in range(n_parts(plan)):
-        part = part_at(plan, index)
+        part = part_at(plan, index, True)
         moments_part(x, stride, plan, &part, mean, rest, m2, partial)
-        c0 = channel_share(plan, &part, 0)
-        settle(mean + c0, rest + c0, channel_share(plan, &part, 1) - c0)
+        c0 = channel_share(&part, 0)
+        settle(mean + c0, rest + c0, channel_share(&part, 1) - c0)
 
 
 cdef void affine_worker(
@@ -1972,7 +2046,7 @@ cdef void affine_worker(
     cdef Py_ssize_t index
     cdef Part part
     for index in range(n_parts(plan)):
-        part = part_at(plan, index)
+        part = part_at(plan, index, False)
         affine_part(x, stride, plan, &part, coefs, relu, stream, y, y_stride)
     if stream:
         stream_end()  # after each task it took 5 % of 32x64x56x56
@@ -1989,10 +2063,11 @@ cdef void batch_norm_worker(
     cdef double* rest = mean + plan.channels
     cdef double* m2 = rest + plan.channels
     for index in range(n_parts(plan)):
-        part = part_at(plan, index)
+        part = part_at(plan, index, True)
         moments_part(x, stride, plan, &part, mean, rest, m2, partial)
-        normalize_channels(plan, channel_share(plan, &part, 0), channel_share(plan, &part, 1), mean, rest, m2,
+        normalize_channels(plan, channel_share(&part, 0), channel_share(&part, 1), mean, rest, m2,
                            <double>plan.outer * plan.inner, gamma, beta, eps, stats, coefs)
+        part = part_at(plan, index, False)
         wait_for_others(&part)
         affine_part(x, stride, plan, &part, coefs, relu, stream, y, y_stride)
     if stream:
@@ -2007,8 +2082,8 @@ cdef void inference_worker(
     cdef Py_ssize_t index
     cdef Part part
     for index in range(n_parts(plan)):
-        part = part_at(plan, index)
-        normalize_channels(plan, channel_share(plan, &part, 0), channel_share(plan, &part, 1),
+        part = part_at(plan, index, False)
+        normalize_channels(plan, channel_share(&part, 0), channel_share(&part, 1),
                            mean, NULL, var, 1, gamma, beta, eps, stats, coefs)
         wait_for_others(&part)
         affine_part(x, stride, plan, &part, coefs, relu, stream, y, y_stride)
@@ -2023,7 +2098,7 @@ cdef void grad_moments_worker(
     cdef Py_ssize_t index
     cdef Part part
     for index in range(n_parts(plan)):
-        part = part_at(plan, index)
+        part = part_at(plan, index, True)
         grad_moments_part(dy, dy_stride, x, x_stride, plan, &part, mean, coefs, relu, sum_dy, sum_dy_xmu)
 
 
@@ -2035,7 +2110,7 @@ cdef void grad_affine_worker(
     cdef Py_ssize_t index
     cdef Part part
     for index in range(n_parts(plan)):
-        part = part_at(plan, index)
+        part = part_at(plan, index, False)
         grad_affine_part(dy, dy_stride, x, x_stride, plan, &part, coefs, linear, relu, training, stream,
                          grad_x, grad_x_stride)
     if stream:
@@ -2051,10 +2126,11 @@ cdef void batch_norm_backward_worker(
     cdef Py_ssize_t index
     cdef Part part
     for index in range(n_parts(plan)):
-        part = part_at(plan, index)
+        part = part_at(plan, index, True)
         grad_moments_part(dy, dy_stride, x, x_stride, plan, &part, stats, coefs, relu, sum_dy, sum_dy_xmu)
-        gradient_channels(plan, channel_share(plan, &part, 0), channel_share(plan, &part, 1),
+        gradient_channels(plan, channel_share(&part, 0), channel_share(&part, 1),
                           sum_dy, sum_dy_xmu, stats, coefs, training, linear, grads)
+        part = part_at(plan, index, False)
         wait_for_others(&part)
         grad_affine_part(dy, dy_stride, x, x_stride, plan, &part, coefs, linear, relu, training, stream,
                          grad_x, grad_x_stride)

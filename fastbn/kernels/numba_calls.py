@@ -134,9 +134,9 @@ def streams(out, n_arrays, in_place):
 
 
 @helper
-def plan_of(x):
+def plan_of(x, n_inputs):
     outer, channels, inner = x.shape
-    return make_plan(outer, channels, inner)
+    return make_plan(outer, channels, inner, n_inputs * x.itemsize)
 
 
 # The stages, with their jobs, which lie on the driver's stack.
@@ -193,7 +193,7 @@ def grad_affine_stage(worker, dy, x, plan, coefs, linear, relu, training, out):
 
 
 def run_moments(moments, merge, x, mean, rest, m2, num_threads):
-    plan = plan_of(x)
+    plan = plan_of(x, 1)
     partial = np.empty((plan.n_chunks, 3, plan.channels))  # mean, rest, m2; the result ends up in chunk 0
     run(plan, team_wanted(plan, x.itemsize, num_threads), (
         moments_stage(moments, x, plan, partial),
@@ -206,7 +206,7 @@ def run_moments(moments, merge, x, mean, rest, m2, num_threads):
 
 
 def run_affine(affine, x, coefs, relu, out, num_threads):
-    plan = plan_of(x)
+    plan = plan_of(x, 1)
     run(plan, team_wanted(plan, x.itemsize, num_threads), (affine_stage(affine, x, plan, coefs, relu, out),))
 
 
@@ -218,7 +218,7 @@ def run_batch_norm(
 ):
     if partly(out, x) or overlap(out, gamma) or overlap(out, beta):
         return False
-    plan = plan_of(x)
+    plan = plan_of(x, 1)
     partial = np.empty((plan.n_chunks, 3, plan.channels))
     mean, rest, m2 = data(partial), at(data(partial), plan.channels), at(data(partial), 2 * plan.channels)
     run(plan, team_wanted(plan, x.itemsize, num_threads), (
@@ -233,7 +233,7 @@ def run_batch_norm(
 def run_inference(normalize, affine, x, mean, var, gamma, beta, eps, relu, out, stats, coefs, num_threads):
     if partly(out, x) or overlap(out, mean) or overlap(out, var) or overlap(out, gamma) or overlap(out, beta):
         return False
-    plan = plan_of(x)
+    plan = plan_of(x, 1)
     for c in range(plan.channels):
         if data(var)[c] < 0:
             return False
@@ -245,7 +245,7 @@ def run_inference(normalize, affine, x, mean, var, gamma, beta, eps, relu, out, 
 
 
 def run_grad_moments(grad_moments, add, dy, x, mean, coefs, relu, sum_dy, sum_dy_xmu, num_threads):
-    plan = plan_of(x)
+    plan = plan_of(x, 2)
     chunks = np.empty((2, plan.n_chunks, plan.channels))
     run(plan, team_wanted(plan, 2 * x.itemsize, num_threads), (
         grad_moments_stage(grad_moments, dy, x, plan, mean, coefs, relu, chunks),
@@ -257,7 +257,7 @@ def run_grad_moments(grad_moments, add, dy, x, mean, coefs, relu, sum_dy, sum_dy
 
 
 def run_grad_affine(grad_affine, dy, x, coefs, linear, relu, out, num_threads):
-    plan = plan_of(x)
+    plan = plan_of(x, 2)
     run(plan, team_wanted(plan, 2 * x.itemsize, num_threads), (
         grad_affine_stage(grad_affine, dy, x, plan, coefs, data(linear), relu, True, out),))
 
@@ -267,7 +267,7 @@ def run_batch_norm_backward(
 ):
     if partly(out, dy) or overlap(out, x):
         return False
-    plan = plan_of(x)
+    plan = plan_of(x, 2)
     chunks = np.empty((2, plan.n_chunks, plan.channels))
     linear = np.empty((4, plan.channels), x.dtype)
     run(plan, team_wanted(plan, 2 * x.itemsize, num_threads), (
@@ -308,7 +308,7 @@ def cached(decorator, function):
         return decorator()(function)
 
 
-PLAN = types.NamedTuple([types.boolean if name == "by_inner" else types.int64 for name in Plan._fields], Plan)
+PLAN = types.NamedTuple([types.boolean if name in ("by_inner", "held") else types.int64 for name in Plan._fields], Plan)
 PART = types.NamedUniTuple(types.int64, len(Part._fields), Part)
 
 

@@ -44,6 +44,7 @@ STRIP = 16             # columns a step: a literal, the size of the strip's vect
 TILE = 512             # columns whose accumulators a task keeps on its stack (12 KiB of L1)
 HELD = 64              # narrow rows that make up so many columns are summed with the accumulators in registers,
 HELD_ROWS = 64         # for so many wide rows, as many as the buffers for rows apart hold
+HELD_BYTES = 2048      # and so are, HELD columns at a time, near rows of a multiple of HELD and up to so many bytes
 LANES = STRIP          # accumulators a channel where the inner axis is swept: one strip
 SHORT_INNER = 64       # inner axes shorter than this are swept as columns,
 FEW_ROWS = 16          # of fewer rows only those half as short
@@ -93,7 +94,8 @@ class Plan(NamedTuple):
     by_inner: bool    # sweep along the inner axis instead of across the columns
     repeat: int       # accumulators side by side that belong to one channel
     fold: int         # rows laid side by side to make a wide row (narrow data)
-    sums_fold: int    # and for the sums, of HELD columns where rows make up just so many
+    sums_fold: int    # and for the sums
+    held: bool        # whether those are taken HELD columns at a time, with the accumulators in registers
     tile: int         # channels a tile
     n_tiles: int
     block_outer: int  # outer rows a block
@@ -128,14 +130,11 @@ def ceil_div(a, b):
 
 
 @helper
-def is_held(width):
-    """Whether rows of so many columns are summed with the accumulators in registers. Shorter vectors have fewer of
-    those."""
-    return DOUBLES * 8 == LINE and width == HELD
-
-
-@helper
-def make_plan(outer, channels, inner):
+def make_plan(
+    outer, channels, inner,
+    itemsize,   # IN   bytes of an element of all that the sums read
+):
+    width = channels * inner
     by_inner = inner >= (SHORT_INNER // 2 if outer < FEW_ROWS else SHORT_INNER)
     repeat = LANES if by_inner else inner
     tile = INNER_TILE if by_inner else TILE // repeat
@@ -151,19 +150,35 @@ def make_plan(outer, channels, inner):
         block_inner = min(inner, BLOCK_INNER)
         block_outer = max(1, BLOCK_INNER // inner)
     else:
-        while n_tiles == 1 and 2 * fold * channels * inner <= TILE and fold * BLOCK_ROWS <= outer:
+        while n_tiles == 1 and 2 * fold * width <= TILE and fold * BLOCK_ROWS <= outer:
             fold *= 2
         block_inner = inner
         block_outer = fold * BLOCK_ROWS
     sums_fold = fold
-    if is_held(HELD) and HELD % (channels * inner) == 0 and fold * channels * inner >= HELD:
-        sums_fold = HELD // (channels * inner)
+    held = False
+    if DOUBLES * 8 == LINE and not by_inner and fold * width >= HELD:  # shorter vectors have fewer registers
+        if HELD % width == 0:
+            sums_fold, held = HELD // width, True
+        elif width % HELD == 0 and width * itemsize <= HELD_BYTES and outer * width * itemsize < NEAR_BYTES:
+            sums_fold, held = 1, True
     n_segments = ceil_div(inner, block_inner)
     n_blocks = ceil_div(outer, block_outer) * n_segments
     chunk = ceil_div(n_blocks, MAX_CHUNKS)
     n_chunks = ceil_div(n_blocks, chunk)
-    return Plan(outer, channels, inner, by_inner, repeat, fold, sums_fold, tile, n_tiles, block_outer, block_inner,
-                n_segments, n_blocks, chunk, n_chunks)
+    return Plan(outer, channels, inner, by_inner, repeat, fold, sums_fold, held, tile, n_tiles,
+                block_outer, block_inner, n_segments, n_blocks, chunk, n_chunks)
+
+
+@helper
+def is_far(plan, itemsize):
+    """Whether inputs of so many bytes an element will not be in a cache."""
+    return plan.outer * plan.channels * plan.inner * itemsize >= FAR_BYTES
+
+
+@helper
+def is_near(plan, itemsize):
+    """Whether an array of so many bytes an element is in the second caches."""
+    return plan.outer * plan.channels * plan.inner * itemsize < NEAR_BYTES
 
 
 @helper
@@ -221,18 +236,6 @@ def fold_sums(wide, channels, repeat, fold):
 
 
 @helper
-def is_far(plan, itemsize):
-    """Whether inputs of so many bytes an element will not be in a cache."""
-    return plan.outer * plan.channels * plan.inner * itemsize >= FAR_BYTES
-
-
-@helper
-def is_near(plan, itemsize):
-    """Whether an array of so many bytes an element is in the second caches."""
-    return plan.outer * plan.channels * plan.inner * itemsize < NEAR_BYTES
-
-
-@helper
 def lead(stride, width, far):
     """How many elements ahead to fetch, which are whole rows where short rows lie apart. Beyond their ends lies what
     other tasks want."""
@@ -271,7 +274,7 @@ def prefetch_strip_write(y):
 @helper
 def step_rows(plan):
     """How many rows that lie apart are summed at a time."""
-    return (HELD_ROWS if is_held(plan.sums_fold * plan.channels * plan.repeat) else ROWS) * plan.sums_fold
+    return (HELD_ROWS if plan.held else ROWS) * plan.sums_fold
 
 
 @helper
@@ -377,28 +380,30 @@ def sums_rows_as(x, stride, n_rows, width, ahead, far, pivot, s1, s2):
 
 
 @inline
-def sums_held(x, stride, n_rows, far, pivot, s1, s2):
-    """Rows of HELD columns."""
-    for r in range(0, n_rows, HELD_ROWS):
-        sums_strip(at(x, r * stride), stride, min(HELD_ROWS, n_rows - r), HELD, far, pivot, s1, s2)
+def sums_held(x, stride, n_rows, width, far, pivot, s1, s2):
+    for j in range(0, width, HELD):
+        for r in range(0, n_rows, HELD_ROWS):
+            sums_strip(at(x, r * stride + j), stride, min(HELD_ROWS, n_rows - r), HELD, far,
+                       at(pivot, j), at(s1, j), at(s2, j))
 
 
 @helper
-def sums_rows(x, stride, n_rows, width, far, pivot, s1, s2):
+def sums_rows(x, stride, n_rows, width, held, far, pivot, s1, s2):
     restrict()
-    if is_held(width):
-        sums_held(x, stride, n_rows, far, pivot, s1, s2)
+    if held:
+        sums_held(x, stride, n_rows, width, far, pivot, s1, s2)
     else:
         sums_rows_as(x, stride, n_rows, width, np.int64(COLUMNS_AHEAD), far, pivot, s1, s2)
 
 
 @inline
-def sums_run(x, length, width, far, pivot, s1, s2):
+def sums_run(x, length, width, held, far, pivot, s1, s2):
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     n_rows = length // width
-    sums_rows(x, width, n_rows, width, far, pivot, s1, s2)
+    sums_rows(x, width, n_rows, width, held, far, pivot, s1, s2)
     if n_rows * width < length:
-        sums_rows(at(x, n_rows * width), width, np.int64(1), length - n_rows * width, far, pivot, s1, s2)
+        sums_rows(at(x, n_rows * width), width, np.int64(1), length - n_rows * width, np.bool_(False), far,
+                  pivot, s1, s2)
 
 
 @helper
@@ -416,7 +421,8 @@ def sums_apart(x, stride, n_rows, width, fold, far, pivot, s1, s2):
     """ROWS wide rows, of `fold` rows each that lie apart (n_rows in all): summed where they lie."""
     for f in range(fold):
         j = f * width
-        sums_rows(at(x, f * stride), fold * stride, n_rows // fold, width, far, at(pivot, j), at(s1, j), at(s2, j))
+        sums_rows(at(x, f * stride), fold * stride, n_rows // fold, width, np.bool_(False), far,
+                  at(pivot, j), at(s1, j), at(s2, j))
 
 
 @inline
@@ -433,18 +439,18 @@ def sums_block(x, stride, n_rows, length, channels, plan, buffer, pivot, s1, s2)
                 sums_lanes(at(x, r * stride + c * plan.inner), length, lead(stride, channels * plan.inner, far), far,
                            at(pivot, n), at(s1, n), at(s2, n))
     elif plan.sums_fold == 1:
-        sums_rows(x, stride, n_rows, width, far, pivot, s1, s2)
+        sums_rows(x, stride, n_rows, width, plan.held, far, pivot, s1, s2)
     elif stride == width:
-        sums_run(x, n_rows * width, plan.sums_fold * width, far, pivot, s1, s2)
+        sums_run(x, n_rows * width, plan.sums_fold * width, plan.held, far, pivot, s1, s2)
     else:
         step = step_rows(plan)
         for r in range(0, n_rows, step):
             n = min(step, n_rows - r)
-            if n == step and width >= NARROW and not is_held(plan.sums_fold * width):
+            if n == step and width >= NARROW and not plan.held:
                 sums_apart(at(x, r * stride), stride, n, width, plan.sums_fold, far, pivot, s1, s2)
             else:
                 sums_run(gather(at(x, r * stride), stride, n, width, buffer), n * width, plan.sums_fold * width,
-                         np.bool_(False), pivot, s1, s2)
+                         plan.held, np.bool_(False), pivot, s1, s2)
     fold_sums(s1, channels, plan.repeat, plan.sums_fold)
     fold_sums(s2, channels, plan.repeat, plan.sums_fold)
 
@@ -1113,21 +1119,22 @@ def grad_sums_rows_as(
 
 
 @inline
-def grad_sums_held(dy, dy_stride, x, x_stride, n_rows, far, mean, coefs, relu, s1, s2):
-    """Rows of HELD columns."""
-    for r in range(0, n_rows, HELD_ROWS):
-        grad_sums_strip(at(dy, r * dy_stride), dy_stride, at(x, r * x_stride), x_stride, min(HELD_ROWS, n_rows - r),
-                        HELD, far, mean, coefs, relu, s1, s2)
+def grad_sums_held(dy, dy_stride, x, x_stride, n_rows, width, far, mean, coefs, relu, s1, s2):
+    for j in range(0, width, HELD):
+        for r in range(0, n_rows, HELD_ROWS):
+            grad_sums_strip(at(dy, r * dy_stride + j), dy_stride, at(x, r * x_stride + j), x_stride,
+                            min(HELD_ROWS, n_rows - r), HELD, far,
+                            at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
 
 
 @helper
-def grad_sums_rows(dy, dy_stride, x, x_stride, n_rows, width, far, mean, coefs, relu, s1, s2):
+def grad_sums_rows(dy, dy_stride, x, x_stride, n_rows, width, held, far, mean, coefs, relu, s1, s2):
     restrict()
     ahead = np.int64(COLUMNS_AHEAD // 2)
-    if is_held(width) and relu:
-        grad_sums_held(dy, dy_stride, x, x_stride, n_rows, far, mean, coefs, True, s1, s2)
-    elif is_held(width):
-        grad_sums_held(dy, dy_stride, x, x_stride, n_rows, far, mean, coefs, False, s1, s2)
+    if held and relu:
+        grad_sums_held(dy, dy_stride, x, x_stride, n_rows, width, far, mean, coefs, True, s1, s2)
+    elif held:
+        grad_sums_held(dy, dy_stride, x, x_stride, n_rows, width, far, mean, coefs, False, s1, s2)
     elif relu:
         grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, GRAD_ROWS, width, ahead, ahead, far,
                           mean, coefs, True, s1, s2)
@@ -1137,14 +1144,14 @@ def grad_sums_rows(dy, dy_stride, x, x_stride, n_rows, width, far, mean, coefs, 
 
 
 @inline
-def grad_sums_run(dy, x, length, width, far, mean, coefs, relu, s1, s2):
+def grad_sums_run(dy, x, length, width, held, far, mean, coefs, relu, s1, s2):
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     n_rows = length // width
     done = n_rows * width
-    grad_sums_rows(dy, width, x, width, n_rows, width, far, mean, coefs, relu, s1, s2)
+    grad_sums_rows(dy, width, x, width, n_rows, width, held, far, mean, coefs, relu, s1, s2)
     if done < length:
         grad_sums_rows(at(dy, done), width, at(x, done), width, np.int64(1), length - done,
-                       far, mean, coefs, relu, s1, s2)
+                       np.bool_(False), far, mean, coefs, relu, s1, s2)
 
 
 @inline
@@ -1173,7 +1180,7 @@ def grad_sums_apart(dy, dy_stride, x, x_stride, n_rows, width, fold, far, mean, 
     for f in range(fold):
         j = f * width
         grad_sums_rows(at(dy, f * dy_stride), fold * dy_stride, at(x, f * x_stride), fold * x_stride, n_rows // fold,
-                       width, far, at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
+                       width, np.bool_(False), far, at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
 
 
 @inline
@@ -1221,20 +1228,20 @@ def grad_moments_task(
                                     far, at(mean, n), at(coefs, n), relu, at(s1, n), at(s2, n))
         elif plan.sums_fold == 1:
             grad_sums_rows(at(dy, block.row * dy_stride), dy_stride, at(x, block.row * x_stride), x_stride,
-                           block.n_rows, width, far, mean, coefs, relu, s1, s2)
+                           block.n_rows, width, plan.held, far, mean, coefs, relu, s1, s2)
         elif dy_stride == width and x_stride == width:
             i = block.row * width
-            grad_sums_run(at(dy, i), at(x, i), block.n_rows * width, wide, far, mean, coefs, relu, s1, s2)
+            grad_sums_run(at(dy, i), at(x, i), block.n_rows * width, wide, plan.held, far, mean, coefs, relu, s1, s2)
         else:
             for r in range(block.row, last, step):
                 n = min(step, last - r)
-                if n == step and width >= NARROW and not is_held(wide):
+                if n == step and width >= NARROW and not plan.held:
                     grad_sums_apart(at(dy, r * dy_stride), dy_stride, at(x, r * x_stride), x_stride, n, width,
                                     plan.sums_fold, far, mean, coefs, relu, s1, s2)
                 else:
                     grad_sums_run(gather(at(dy, r * dy_stride), dy_stride, n, width, dy_buffer),
                                   gather(at(x, r * x_stride), x_stride, n, width, x_buffer),
-                                  n * width, wide, np.bool_(False), mean, coefs, relu, s1, s2)
+                                  n * width, wide, plan.held, np.bool_(False), mean, coefs, relu, s1, s2)
         fold_sums(s1, channels, plan.repeat, plan.sums_fold)
         fold_sums(s2, channels, plan.repeat, plan.sums_fold)
         for c in range(channels):
@@ -1630,6 +1637,8 @@ class Part(NamedTuple):
 
 @helper
 def has_own_tiles(plan, n_workers):
+    """In the twin a thread may have its own columns, too. Here it would save little: of two threads, forward of 128x512
+    and 256x256 took 0.8 to 1 of the time of one, moments 1.3."""
     even = plan.n_tiles % n_workers == 0 or plan.n_tiles >= 8 * n_workers
     return even and (plan.by_inner or plan.n_chunks == 1)  # one tile a thread, too: a region costs more than it saves
 
