@@ -38,6 +38,19 @@ def test_any_number_of_threads(compiled, dtype, layout, activation):
         assert_all_the_same(everything(*data, backend=compiled, num_threads=n, activation=activation), expected)
 
 
+@pytest.mark.parametrize("shape", [(600, 100), (300, 516), (64, 130)])
+def test_any_number_of_threads_where_nothing_hides_the_offset(compiled, dtype, shape):
+    """Values equal to a large mean: y is the offset, to which the mean's rest and beta add about as much."""
+    rng = np.random.default_rng(5)
+    x = (1e8 + rng.standard_normal(shape)).astype(dtype)
+    gamma, beta = rng.uniform(0.5, 2, shape[1]).astype(dtype), rng.uniform(-1e-8, 1e-8, shape[1]).astype(dtype)
+    x[:2] = fastbn.moments(x[2:], backend=compiled, num_threads=1).mean
+    expected = everything(x, x, gamma, beta, 1, backend=compiled, num_threads=1, activation=None)
+    for n in (2, 3, 7):
+        actual = everything(x, x, gamma, beta, 1, backend=compiled, num_threads=n, activation=None)
+        assert_all_the_same(actual, expected)
+
+
 def test_any_number_of_threads_for_a_large_array(compiled):
     data = draw(LARGE, np.dtype(np.float32))
     expected = everything(*data, backend=compiled, num_threads=1)

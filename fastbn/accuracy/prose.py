@@ -143,9 +143,9 @@ $merged
 ## Repeatability
 
 Promised, for each backend and instruction set: the same bits for any number of threads, for every call, for C-order
-data of any alignment and row stride, with and without `out=`, in place or not. The data is cut by its shape alone,
-each piece has its own partial result, and those merge in a fixed order. `tests/test_repeatability.py` checks all of
-it; here is the number of threads, 1 beside each of 2 to 64, on 2,099 x 513:
+data of any alignment and row stride, with and without `out=`, in place or not. A channel is cut by shape and
+dtype alone, each piece has its own partial result, and those merge in a fixed order. `tests/test_repeatability.py`
+checks all of it; here is the number of threads, 1 beside each of 2 to 64, on 2,099 x 513:
 
 $threads
 

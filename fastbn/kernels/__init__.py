@@ -29,6 +29,6 @@ merges lose nothing. It is split into what the data's dtype holds (center) and t
 nothing cancels however large the mean. Where a fused ReLU was off, dy counts
 as 0; whether it was off is computed again from ``x`` by ``affine``'s formula.
 
-Threads: ``num_threads`` is an upper limit. The data is cut by its shape alone and partial results merge in a fixed
-order, so a backend gives the same bits for any number of threads, any row stride, in place or not.
+Threads: ``num_threads`` is an upper limit. A channel's values are cut by shape and dtype alone, and partial results
+merge in a fixed order, so a backend gives the same bits for any number of threads, any row stride, in place or not.
 """

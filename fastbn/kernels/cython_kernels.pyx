@@ -2,9 +2,9 @@
 """The compiled kernels. kernels/__init__.py holds the contract; numba_kernels.py is this file's twin.
 
 One source, compiled once per instruction set: _cython_baseline.pyx, _cython_avx2.pyx and _cython_avx512.pyx each
-include it and cython_calls.pyx. Read it downwards: the plan (how the data is cut, by shape alone), then for each
-kernel its strip (the hot loop, of literal size), its rows and runs, its task (one tile of one chunk); and the workers
-(what one thread does). `inline` means always here (setup.py sees to it): it is what makes the sizes literal. What is
+include it and cython_calls.pyx. Read it downwards: the plan (how the data is cut), then for each kernel its strip (the
+hot loop, of literal size), its rows and runs, its task (one tile of one chunk); and the workers (what one thread does).
+`inline` means always here (setup.py sees to it): it is what makes the sizes literal. What is
 not inline keeps the compiler from making copy after copy.
 """
 from libc.math cimport sqrt
@@ -34,6 +34,7 @@ ctypedef fused floating:
 
 cdef enum:
     ROWS = 8              # wide rows a step: accumulators are loaded and stored once for eight rows
+    MANY_ROWS = 4 * ROWS  # rows a thread from which on the elementwise passes of columns are divided by rows
     GRAD_ROWS = 4         # and a step of two arrays, whose rows share the few places of a set of L1: eight of each took
     # the sums of 256x512 5 % longer, of 4096x1024 twice as long (rows 4 KiB apart), of float64 1.5 times.
     STRIP = 16            # columns a step: a constant, so that the compiler unrolls and vectorises the strip
@@ -87,7 +88,8 @@ cdef enum:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The plan: blocks of rows (or of inner elements) make a chunk, a chunk has one partial result a channel, channels come
-# in tiles; a task is one tile of one chunk. All of it follows from the shape, so the bits never depend on the threads.
+# in tiles; a task is one tile of one chunk, or what a thread has of it. All of it follows from shape and dtype, and a
+# thread has whole strips, so the bits never depend on the threads.
 # ---------------------------------------------------------------------------------------------------------------------
 
 cdef struct Plan:
@@ -204,8 +206,9 @@ cdef inline Block block_within(const Plan* plan, Py_ssize_t index, const Band* b
 
 
 cdef inline Py_ssize_t n_column_parts(const Plan* plan) noexcept nogil:
-    """Among how many threads the columns can be divided for the sums: each of them takes HELD or more."""
-    return plan.channels // HELD if plan.repeat == plan.sums_fold == 1 else 0
+    """Among how many threads the columns can be divided for the sums: each takes HELD of them or more, and then rows
+    enough of the elementwise pass (float64 32x512, by columns that begin within a line: 1.2 to 1.5 times the time)."""
+    return min(plan.channels // HELD, plan.outer // MANY_ROWS) if plan.repeat == plan.sums_fold == 1 else 0
 
 
 cdef inline int team_wanted(const Plan* plan, Py_ssize_t itemsize, int num_threads) noexcept nogil:
@@ -642,9 +645,9 @@ cdef void merge_chunks(
 cdef inline void normalize_strip(
     const double* mean,        # IN   (n_columns,)
     const double* rest,        # IN   what mean lacks; NULL: nothing
-    const double* m2, double n, const floating* gamma, const floating* beta, double eps, Py_ssize_t n_columns,
+    const double* m2, double n, const floating* gamma, double eps, Py_ssize_t n_columns,
     double* stats,             # OUT  mean, var, invstd, `pitch` apart
-    floating* coefs,           # OUT  center, scale, offset, `pitch` apart
+    floating* coefs,           # OUT  center, scale, offset without beta, `pitch` apart
     Py_ssize_t pitch,
 ) noexcept nogil:
     """The mean in two floats: what the data's dtype holds is the center, the rest goes into the offset."""
@@ -672,8 +675,6 @@ cdef inline void normalize_strip(
         center[j] = <floating>total[j]
         scale[j] = <floating>(invstd[j] * gamma[j] if gamma != NULL else invstd[j])
         offset[j] = <floating>(-((mean[j] - center[j]) + low[j]) * scale[j])
-        if beta != NULL:
-            offset[j] += beta[j]
     for j in range(n_columns):
         stats[j] = total[j]
     for j in range(n_columns):
@@ -701,14 +702,19 @@ cdef void normalize_channels(
     floating* coefs,           # OUT  (3, channels): center, scale, offset
 ) noexcept nogil:
     cdef Py_ssize_t c = c0
+    cdef floating* offset = coefs + 2 * plan.channels
     while c + STRIP <= c1:
-        normalize_strip(mean + c, from_channel(rest, c), m2 + c, n, from_channel(gamma, c), from_channel(beta, c), eps,
-                        STRIP, stats + c, coefs + c, plan.channels)
+        normalize_strip(mean + c, from_channel(rest, c), m2 + c, n, from_channel(gamma, c), eps, STRIP,
+                        stats + c, coefs + c, plan.channels)
         c += STRIP
     while c < c1:
-        normalize_strip(mean + c, from_channel(rest, c), m2 + c, n, from_channel(gamma, c), from_channel(beta, c), eps,
-                        1, stats + c, coefs + c, plan.channels)
+        normalize_strip(mean + c, from_channel(rest, c), m2 + c, n, from_channel(gamma, c), eps, 1,
+                        stats + c, coefs + c, plan.channels)
         c += 1
+    # In a strip the compiler could fuse product and sum, and not in one of another size: other threads, other bits.
+    if beta != NULL:
+        for c in range(c0, c1):
+            offset[c] += beta[c]
 
 
 cdef void gradient_channels(
@@ -1893,14 +1899,12 @@ cdef inline bint has_own_tiles(const Plan* plan) noexcept nogil:
 
 
 cdef inline bint has_own_columns(const Plan* plan) noexcept nogil:
-    """Of two threads, forward and backward of 128x512, one task, took 0.8 and 0.7 of the time, of 384x512, three, 0.9.
-    Of 640x512, five, the backward would take 1.2: columns are shorter runs."""
+    """Where the threads would be idle for a third as long as they work, or more. Of two threads, forward and backward
+    of 128x512, one task, took 0.8 and 0.7 of the time, the forward of 384x512, three, 0.9. Of 640x512, five, the
+    backward would take 1.2 times: columns are shorter runs."""
     cdef Py_ssize_t n_tasks = plan.n_chunks * plan.n_tiles
-    return n_tasks < 2 * team_size() and n_tasks % team_size() and n_column_parts(plan) >= team_size()
-
-
-cdef inline bint has_few_rows(const Plan* plan, int size) noexcept nogil:
-    return plan.outer < 4 * ROWS * size
+    return (3 * ceil_div(n_tasks, team_size()) * team_size() >= 4 * n_tasks
+            and n_column_parts(plan) >= team_size() > 1)
 
 
 cdef inline Py_ssize_t first_tile(const Plan* plan, int rank) noexcept nogil:
@@ -1930,7 +1934,7 @@ cdef inline Part part_at(const Plan* plan, Py_ssize_t index, bint sums) noexcept
     if has_own_tiles(plan):
         c0 = (first_tile(plan, team_rank()) + index) * plan.tile
         return part_of(plan, c0, min(c0 + plan.tile, plan.channels), 0, 1)
-    if has_own_columns(plan) and (sums or has_few_rows(plan, team_size())):
+    if sums and has_own_columns(plan):
         return part_of(plan, first_column(plan, team_rank()), first_column(plan, team_rank() + 1), 0, 1)
     return part_of(plan, 0, plan.channels, team_rank(), team_size())
 
@@ -1952,7 +1956,7 @@ cdef inline Band band_of(const Plan* plan, const Part* part) noexcept nogil:
     cdef Band band
     cdef Py_ssize_t rows = plan.chunk * plan.block_outer
     band.c0, band.c1 = part.c0, part.c1
-    if plan.by_inner or has_few_rows(plan, part.size):
+    if plan.by_inner or plan.outer < MANY_ROWS * part.size:
         band.tile, band.n_tiles = plan.tile, part.n_tiles
         band.row, band.end = 0, plan.outer
         band.first = share(plan.n_chunks * part.n_tiles, part, 0)

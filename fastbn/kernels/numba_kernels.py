@@ -1,8 +1,8 @@
 """The kernels compiled just in time. cython_kernels.pyx is this file's twin.
 
-Read it downwards: the plan (how the data is cut, by shape alone); then for each kernel its strip (the hot loop, of
-vectors), its rows and runs, its task (one tile of one chunk); and the workers (what one thread does in one stage of a
-call). numba_calls.py starts them; what Numba has no word for is in numba_machine.py.
+Read it downwards: the plan (how the data is cut); then for each kernel its strip (the hot loop, of vectors), its rows
+and runs, its task (one tile of one chunk); and the workers (what one thread does in one stage of a call).
+numba_calls.py starts them; what Numba has no word for is in numba_machine.py.
 
 The loops work on bare pointers, as the twin's do: an array's index is tested for being negative, and its inner stride
 is unknown.
@@ -39,6 +39,7 @@ from fastbn.kernels.numba_machine import (
 )
 
 ROWS = 8               # wide rows a step: accumulators are loaded and stored once for eight rows
+MANY_ROWS = 4 * ROWS   # rows a thread from which on the elementwise passes of columns are divided by rows
 GRAD_ROWS = 4          # and a step of two arrays, whose rows share the few places that a set of L1 has
 STRIP = 16             # columns a step: a literal, the size of the strip's vectors
 TILE = 512             # columns whose accumulators a task keeps on its stack (12 KiB of L1)
@@ -84,7 +85,8 @@ COEFS = 7 * PITCH + STRIP
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The plan: blocks of rows (or of inner elements) make a chunk, a chunk has one partial result a channel, channels come
-# in tiles; a task is one tile of one chunk. All of it follows from the shape, so the bits never depend on the threads.
+# in tiles; a task is one tile of one chunk. All of it follows from shape and dtype, so the bits never depend on the
+# threads.
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Plan(NamedTuple):
@@ -1662,7 +1664,7 @@ def band_of(plan, part):
     rows take lines from each other, for the processor fetches ahead over the end of a tile."""
     c0 = part.tile * plan.tile
     c1 = min(c0 + part.n_tiles * plan.tile, plan.channels)
-    if plan.by_inner or plan.outer < 4 * ROWS * part.size:
+    if plan.by_inner or plan.outer < MANY_ROWS * part.size:
         n_tasks = plan.n_chunks * part.n_tiles
         return Band(c0, c1, plan.tile, part.n_tiles, share(n_tasks, part, 0), share(n_tasks, part, 1), 0, plan.outer)
     tile = WIDE // plan.repeat
