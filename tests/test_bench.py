@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn.bench import cases, headline, measure, passes, plot, roofline, tables, targets
+from fastbn.bench import cases, headline, machine, measure, passes, plot, roofline, tables, targets
 from fastbn.bench.cases import Case
 from fastbn.bench.data import Data
 from fastbn.bench.measure import Plan, Result
@@ -187,11 +187,53 @@ def test_the_roofline_of_rows_apart():
 
 
 def test_other_programs_are_told_of(capfd, monkeypatch):
-    monkeypatch.setattr("fastbn.bench.machine._ticks", iter([(0, 0), (10, 6), (10, 6), (30, 26)]).__next__)
+    shares = iter([machine.Ticks(10, 5, 1), machine.Ticks(20, 20, 0)])
+    monkeypatch.setattr("fastbn.bench.machine.since", lambda before: next(shares))
+    monkeypatch.setattr("fastbn.bench.run.measure", lambda *words: [])
     assert run("--quick", "--rounds=1", "--ops=moments", "--shapes=300x5", "--peers=none", "--backends=cython") == 0
     out, err = capfd.readouterr()
     assert "other programs take 40% of the processors" in err
     assert "took 40% and 0% of the processors before and after the run" in out
+
+
+@pytest.mark.parametrize(
+    ("stolen", "counts", "repeated", "disturbed"),
+    [
+        ([0], 0, 0, 0),
+        ([1], 0, 0, 0),  # of 100 ticks
+        ([5, 3, 0], 2, 2, 0),
+        ([5, 3, 2, 3, 9], 2, 4, 1),
+        ([4, 4, 4, 4, 4], 0, 4, 1),
+    ],
+)
+def test_rounds_that_the_host_disturbed_are_measured_again(monkeypatch, stolen, counts, repeated, disturbed):
+    class Fake:
+        def prepare(self, label, case):
+            return 1.0
+
+        def run(self, label, calls, times):
+            return [turns.pop(0)]
+
+        def forget(self):
+            pass
+
+    turns, ticks = [float(turn) for turn in range(len(stolen))], list(stolen)
+    monkeypatch.setattr(measure, "PAUSE", 0)
+    monkeypatch.setattr(machine, "since", lambda before: machine.Ticks(100, 0, ticks.pop(0)))
+    plan = Plan(threads=1, rounds=1, seconds=1.0, backends=(), peers=("numpy",))
+    monkeypatch.setattr(Plan, "sides", lambda plan, case: ("numpy",))
+    result = measure.measure([cases.parse("moments", "24x8")], plan, Fake(), lambda case, part: None)[0]
+    assert result.samples == {"numpy": [float(counts)]}
+    assert turns == []
+    assert measure.disturbance([result, result]) == {"rounds": 2, "disturbed": 2 * disturbed, "repeated": 2 * repeated}
+
+
+def test_what_the_host_took_is_read_from_the_system(monkeypatch):
+    monkeypatch.setattr(machine, "_first_match", lambda *words: "100 20 30 400 5 6 7 80 9 9")
+    assert machine.ticks() == (648, 405, 80)
+    assert machine.since(machine.Ticks(600, 400, 75)) == (48, 5, 5)
+    monkeypatch.setattr(machine, "_first_match", lambda *words: "")
+    assert machine.ticks() == (0, 0, 0)
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)

@@ -7,6 +7,7 @@ import platform
 import re
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 CPUS = Path("/sys/devices/system/cpu")
 
@@ -41,18 +42,31 @@ def cache_bytes() -> dict[str, int]:
     return {name: int(size[:-1]) * units[size[-1]] for name, size in caches().items() if size[-1:] in units}
 
 
+class Ticks(NamedTuple):
+    """Ticks of all processors, most often 100 a second each; 0 where the system does not tell."""
+
+    total: int
+    idle: int
+    stolen: int  # the host of a virtual machine ran other guests
+
+
+def ticks() -> Ticks:
+    """Those since the start."""
+    found = [int(word) for word in _first_match("/proc/stat", r"cpu +([\d ]+)").split()]
+    return Ticks(sum(found[:8]), sum(found[3:5]), sum(found[7:8]))
+
+
+def since(before: Ticks) -> Ticks:
+    """Those since then."""
+    return Ticks(*(now - then for now, then in zip(ticks(), before, strict=True)))
+
+
 def busy(seconds: float = 0.5) -> float | None:
     """The share of all processors' time that programs take just now, from 0 to 1; None where that cannot be told."""
-    before = _ticks()
+    before = ticks()
     time.sleep(seconds)
-    total, idle = (after - earlier for after, earlier in zip(_ticks(), before, strict=True))
-    return 1 - idle / total if total > 0 else None
-
-
-def _ticks() -> tuple[int, int]:
-    """All ticks of the processors since the start, and the idle ones among them."""
-    ticks = [int(word) for word in _first_match("/proc/stat", r"cpu +([\d ]+)").split()]
-    return sum(ticks[:8]), sum(ticks[3:5])
+    total, idle, stolen = since(before)
+    return 1 - (idle + stolen) / total if total > 0 else None
 
 
 def _usable() -> list[int]:
