@@ -675,18 +675,12 @@ cdef inline void normalize_strip(
         center[j] = <floating>total[j]
         scale[j] = <floating>(invstd[j] * gamma[j] if gamma != NULL else invstd[j])
         offset[j] = <floating>(-((mean[j] - center[j]) + low[j]) * scale[j])
-    for j in range(n_columns):
-        stats[j] = total[j]
-    for j in range(n_columns):
-        stats[pitch + j] = var[j]
-    for j in range(n_columns):
-        stats[2 * pitch + j] = invstd[j]
-    for j in range(n_columns):
-        coefs[j] = center[j]
-    for j in range(n_columns):
-        coefs[pitch + j] = scale[j]
-    for j in range(n_columns):
-        coefs[2 * pitch + j] = offset[j]
+    memcpy(stats, total, n_columns * sizeof(double))
+    memcpy(stats + pitch, var, n_columns * sizeof(double))
+    memcpy(stats + 2 * pitch, invstd, n_columns * sizeof(double))
+    memcpy(coefs, center, n_columns * sizeof(floating))
+    memcpy(coefs + pitch, scale, n_columns * sizeof(floating))
+    memcpy(coefs + 2 * pitch, offset, n_columns * sizeof(floating))
 
 
 cdef inline const floating* from_channel(const floating* values, Py_ssize_t c) noexcept nogil:
