@@ -187,53 +187,94 @@ def test_the_roofline_of_rows_apart():
 
 
 def test_other_programs_are_told_of(capfd, monkeypatch):
-    shares = iter([machine.Ticks(10, 5, 1), machine.Ticks(20, 20, 0)])
+    shares = iter([machine.Ticks(4, 5, 1), machine.Ticks(0, 20, 0)])
     monkeypatch.setattr("fastbn.bench.machine.since", lambda before: next(shares))
     monkeypatch.setattr("fastbn.bench.run.measure", lambda *words: [])
     assert run("--quick", "--rounds=1", "--ops=moments", "--shapes=300x5", "--peers=none", "--backends=cython") == 0
     out, err = capfd.readouterr()
     assert "other programs take 40% of the processors" in err
     assert "took 40% and 0% of the processors before and after the run" in out
+    assert "kept processors from us in 0 tries, which were dropped, and in 0 of the 0 that count" in out
+
+
+def test_nothing_is_claimed_of_a_system_that_does_not_tell(capfd, monkeypatch):
+    monkeypatch.setattr(machine, "ticks", lambda: machine.Ticks(0, 0, 0))
+    assert run("--quick", "--rounds=1", "--ops=moments", "--shapes=24x8", "--peers=none", "--backends=cython") == 0
+    out = capfd.readouterr().out
+    assert "other programs" not in out
+    assert "host" not in out
+    words = "--quick", "--rounds=1", "--ops=moments", "--shapes=24x8", "--peers=none", "--backends=cython", "--json"
+    assert run(*words) == 0
+    assert json.loads(capfd.readouterr().out)["host"] is None
+
+
+class FakeProcesses:
+    """Sides whose nth call takes n seconds, or fails if `failing` is n."""
+
+    def __init__(self, failing=None):
+        self.turns = 0
+        self.failing = failing
+
+    def prepare(self, label, case):
+        return 1.0
+
+    def run(self, label, calls, times):
+        self.turns += 1
+        if self.turns == self.failing:
+            raise WorkerError("ended")
+        return [float(self.turns)]
+
+    def forget(self):
+        pass
+
+
+def measure_disturbed(monkeypatch, stolen, processes):
+    """One round of one side, of whose tries the host kept so many ticks of 100."""
+    spent = iter(machine.Ticks(100 - n, 50, n) for n in stolen)
+    monkeypatch.setattr(measure, "PAUSE", 0)
+    monkeypatch.setattr(machine, "since", lambda before: next(spent))
+    monkeypatch.setattr(Plan, "sides", lambda plan, case: ("numpy",))
+    plan = Plan(threads=1, rounds=1, seconds=1.0, backends=(), peers=("numpy",))
+    return measure.measure([cases.parse("moments", "24x8")], plan, processes, lambda case, part: None)[0]
 
 
 @pytest.mark.parametrize(
-    ("stolen", "counts", "repeated", "disturbed"),
-    [
-        ([0], 0, 0, 0),
-        ([1], 0, 0, 0),  # of 100 ticks
-        ([5, 3, 0], 2, 2, 0),
-        ([5, 3, 2, 3, 9], 2, 4, 1),
-        ([4, 4, 4, 4, 4], 0, 4, 1),
-    ],
+    ("stolen", "counts", "disturbed"),
+    [([0], 1, 0), ([1], 1, 0), ([5, 3, 0], 3, 0), ([5, 3, 2, 3, 9], 3, 1), ([4, 4, 4, 4, 4], 1, 1)],
 )
-def test_rounds_that_the_host_disturbed_are_measured_again(monkeypatch, stolen, counts, repeated, disturbed):
-    class Fake:
-        def prepare(self, label, case):
-            return 1.0
-
-        def run(self, label, calls, times):
-            return [turns.pop(0)]
-
-        def forget(self):
-            pass
-
-    turns, ticks = [float(turn) for turn in range(len(stolen))], list(stolen)
-    monkeypatch.setattr(measure, "PAUSE", 0)
-    monkeypatch.setattr(machine, "since", lambda before: machine.Ticks(100, 0, ticks.pop(0)))
-    plan = Plan(threads=1, rounds=1, seconds=1.0, backends=(), peers=("numpy",))
-    monkeypatch.setattr(Plan, "sides", lambda plan, case: ("numpy",))
-    result = measure.measure([cases.parse("moments", "24x8")], plan, Fake(), lambda case, part: None)[0]
+def test_rounds_that_the_host_disturbed_are_tried_again(monkeypatch, stolen, counts, disturbed):
+    processes = FakeProcesses()
+    result = measure_disturbed(monkeypatch, stolen, processes)
     assert result.samples == {"numpy": [float(counts)]}
-    assert turns == []
-    assert measure.disturbance([result, result]) == {"rounds": 2, "disturbed": 2 * disturbed, "repeated": 2 * repeated}
+    assert result.stolen == {"numpy": [stolen[counts - 1] / 100]}
+    assert processes.turns == len(stolen)
+    assert measure.disturbance([result, result]) == {
+        "counted": 2, "disturbed": 2 * disturbed, "dropped": 2 * (len(stolen) - 1),
+    }
 
 
-def test_what_the_host_took_is_read_from_the_system(monkeypatch):
-    monkeypatch.setattr(machine, "_first_match", lambda *words: "100 20 30 400 5 6 7 80 9 9")
-    assert machine.ticks() == (648, 405, 80)
-    assert machine.since(machine.Ticks(600, 400, 75)) == (48, 5, 5)
-    monkeypatch.setattr(machine, "_first_match", lambda *words: "")
+def test_of_a_side_that_fails_no_try_counts(monkeypatch):
+    result = measure_disturbed(monkeypatch, [5], FakeProcesses(failing=2))
+    assert result.errors == {"numpy": "ended"}
+    assert result.samples == {}
+    assert measure.disturbance([result]) == {"counted": 0, "disturbed": 0, "dropped": 0}
+
+
+def test_what_the_host_kept_is_read_of_the_usable_processors(monkeypatch):
+    text = "cpu  9 9 9 9 9 9 9 9 0 0\ncpu0 100 20 30 400 5 6 7 80 9 9\ncpu1 1 1 1 1 1 1 1 1 0 0\ncpu2 2 0 0 3\nintr 9\n"
+    monkeypatch.setattr(machine, "_read", {Path("/proc/stat"): text}.__getitem__)
+    monkeypatch.setattr(machine, "_usable", lambda: [0, 2])
+    assert machine.ticks() == (165, 408, 80)
+    assert machine.since(machine.Ticks(160, 409, 75)) == (5, 0, 5)
+    assert machine.stolen_share(machine.Ticks(5, 90, 5)) == 0.5
+    assert machine.stolen_share(machine.Ticks(0, 0, 0)) == 0
+    monkeypatch.setattr(machine, "_read", lambda path: "")
     assert machine.ticks() == (0, 0, 0)
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux tells")
+def test_this_system_tells():
+    assert machine.ticks().busy > 0
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
@@ -265,6 +306,8 @@ def test_a_run_measures_every_operation_and_array(tmp_path, capfd):
         assert all(0 < seconds < 60 for seconds in one["seconds"].values())
         assert all(gbps > 0 for gbps in one["gbps"].values())
         assert one["ratio_to_fastbn"]["fastbn-cython"] == 1
+        assert set(one["stolen"]) == set(one["dropped"]) == set(one["samples"])
+    assert found["host"] is None or found["host"]["counted"] == sum(len(one["samples"]) for one in found["results"])
     assert found["versions"]["fastbn"] == fastbn.__version__
     for peer in ("torch", "jax", "scikit-learn", "numpy"):
         assert (peer in found["versions"]) != (peer in found["missing"])

@@ -43,30 +43,40 @@ def cache_bytes() -> dict[str, int]:
 
 
 class Ticks(NamedTuple):
-    """Ticks of all processors, most often 100 a second each; 0 where the system does not tell."""
+    """What the usable processors did, in ticks, most often 100 a second each; all 0 where the system does not tell."""
 
-    total: int
+    busy: int
     idle: int
-    stolen: int  # the host of a virtual machine ran other guests
+    stolen: int  # programs would have run, but the host of a virtual machine did not run the processor ("steal")
 
 
 def ticks() -> Ticks:
     """Those since the start."""
-    found = [int(word) for word in _first_match("/proc/stat", r"cpu +([\d ]+)").split()]
-    return Ticks(sum(found[:8]), sum(found[3:5]), sum(found[7:8]))
+    usable, found = {f"cpu{n}" for n in _usable()}, Ticks(0, 0, 0)
+    for name, *words in map(str.split, _read(Path("/proc/stat")).splitlines()):
+        if name in usable:
+            user, nice, system, idle, iowait, irq, softirq, steal = [*map(int, words), *8 * [0]][:8]
+            one = Ticks(user + nice + system + irq + softirq, idle + iowait, steal)
+            found = Ticks(*map(sum, zip(found, one, strict=True)))
+    return found
 
 
 def since(before: Ticks) -> Ticks:
-    """Those since then."""
-    return Ticks(*(now - then for now, then in zip(ticks(), before, strict=True)))
+    """Those since then; none where a count went back, as those of idle and stolen time may."""
+    return Ticks(*(max(0, now - then) for now, then in zip(ticks(), before, strict=True)))
 
 
 def busy(seconds: float = 0.5) -> float | None:
-    """The share of all processors' time that programs take just now, from 0 to 1; None where that cannot be told."""
+    """The share of the processors' time that programs take just now, from 0 to 1; None where that cannot be told."""
     before = ticks()
     time.sleep(seconds)
-    total, idle, stolen = since(before)
-    return 1 - (idle + stolen) / total if total > 0 else None
+    spent = since(before)
+    return spent.busy / sum(spent) if sum(spent) > 0 else None
+
+
+def stolen_share(spent: Ticks) -> float:
+    """How much of the time that programs wanted the host kept, from 0 to 1."""
+    return spent.stolen / max(1, spent.busy + spent.stolen)
 
 
 def _usable() -> list[int]:

@@ -1,6 +1,7 @@
 """Rounds: in each, every side runs its calls once, in turns that rotate; the figure of a side is its median sample.
 
-A round that the host of a virtual machine disturbed is measured again: it says so itself, whatever the figures are.
+Where the host of a virtual machine kept processors from a side, its round is tried again: the system tells of it,
+whatever the figures are.
 
 The rounds of a case are spread over passes through all the cases, minutes apart and each on arrays of its own: what
 else a machine does may slow some minutes down, and one side more than another, and so may an array's place in memory.
@@ -24,8 +25,8 @@ from fastbn.bench.worker import PEERS
 PAUSE = 0.02  # seconds between two sides: the OpenMP threads of the last one spin for 8 to 12 ms
 PASSES = 5
 SAMPLES = 9  # at most so many in a round: a call, or several where they are short
-STOLEN = 0.02  # from this share of the processors' time on, given to other guests, a side's round is measured again,
-TRIES = 5  # so many times in all; the least disturbed counts. A tick is 10 ms: in a short round, one is more than that
+STOLEN = 0.02  # a side's round is tried again from this share of the time on that the host kept; told in ticks of 10 ms
+TRIES = 5  # at most; the one with the least of it counts
 REFERENCE_BYTES = 1_000_000  # fastbn's NumPy reference is measured up to here, unless asked for
 
 
@@ -62,8 +63,8 @@ class Result:
     case: Case
     samples: dict[str, list[float]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
-    stolen: list[float] = field(default_factory=list)  # the share of each side's round that counts
-    repeated: int = 0  # rounds of a side that do not
+    stolen: dict[str, list[float]] = field(default_factory=dict)  # what the host kept of each try that counts
+    dropped: dict[str, int] = field(default_factory=dict)  # tries that do not count
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -85,12 +86,12 @@ class Result:
 
 
 def disturbance(results: list[Result]) -> dict[str, int]:
-    """Rounds of a side: those that count, the disturbed ones among them, and those that were measured again."""
-    shares = [share for result in results for share in result.stolen]
+    """Tries that count, the disturbed ones among them, and tries that were dropped."""
+    shares = [share for result in results for kept in result.stolen.values() for share in kept]
     return {
-        "rounds": len(shares),
+        "counted": len(shares),
         "disturbed": sum(share >= STOLEN for share in shares),
-        "repeated": sum(result.repeated for result in results),
+        "dropped": sum(n for result in results for n in result.dropped.values()),
     }
 
 
@@ -139,7 +140,9 @@ def _measure_rounds(
             continue
         if estimate is not None:
             work[label] = split(plan.seconds / estimate)
-            result.samples.setdefault(label, [])
+            for kept in (result.samples, result.stolen):
+                kept.setdefault(label, [])
+            result.dropped.setdefault(label, 0)
     for turn in rounds:
         labels = list(work)
         first = turn % len(labels) if labels else 0
@@ -148,7 +151,7 @@ def _measure_rounds(
                 _measure_side(result, label, work[label], processes)
             except WorkerError as error:
                 result.errors[label] = str(error)
-                del work[label], result.samples[label]
+                del work[label], result.samples[label], result.stolen[label], result.dropped[label]
         tick(case, 1 / plan.rounds)
 
 
@@ -158,9 +161,8 @@ def _measure_side(result: Result, label: str, work: tuple[int, int], processes: 
         time.sleep(PAUSE)
         before = machine.ticks()
         samples = processes.run(label, *work)
-        total, _, stolen = machine.since(before)
-        tries.append((stolen / max(1, total), samples))
+        tries.append((machine.stolen_share(machine.since(before)), samples))
     share, samples = min(tries, key=lambda one: one[0])  # not by the samples: the first of equals
     result.samples[label] += samples
-    result.stolen.append(share)
-    result.repeated += len(tries) - 1
+    result.stolen[label].append(share)
+    result.dropped[label] += len(tries) - 1

@@ -14,10 +14,11 @@ HOW = """\
 Every implementation runs in its own process, with the same number of threads, on arrays of the same normal random
 numbers about 3. In each round every side runs once, in turns that rotate: one call that does not count, then calls in a
 loop, each result alive until the next one is there. A sample is one call, or the mean of several where they are short;
-there are up to 9 in a round. Where the host of a virtual machine gave 2 % or more of the processors' time in a round to
-other guests, as it tells, that side is measured again, up to 5 times in all. A figure is the median of all of them, in
-milliseconds per call. Ratios are of medians; above 1, fastbn is faster. `fastbn` stands for its first backend of the
-table. Sizes and GB are decimal.
+there are up to 9 in a round. Where the system tells that the host of a virtual machine kept the processors from a side
+for 2 % of its round or more (it tells in ticks of 10 ms, so in a short round one is enough), the round is tried again;
+of at most 5 tries the one with the least of that counts, and the others are dropped. A figure is the median of the
+samples that count, in milliseconds per call. Ratios are of medians; above 1, fastbn is faster. `fastbn` stands for its
+first backend of the table. Sizes and GB are decimal.
 
 The roofline is what the operation must move at the least, as bare passes over the same arrays in the same process as
 fastbn, on the same threads (`fastbn/bench/passes.pyx`: large arrays fetched ahead, and where inputs and output are 20
@@ -58,7 +59,7 @@ def facts(run: Run) -> dict[str, str]:
         "threads": str(run.plan.threads),
         "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
         **({"missing": ", ".join(run.missing) + " (not installed)"} if run.missing else {}),
-        **({"other programs": _shares(run.others), "other guests": _guests(run.results)} if run.others else {}),
+        **({"other programs": _shares(run.others), "the machine's host": _host(run.results)} if run.others else {}),
         "rounds": f"{run.plan.rounds} in {min(PASSES, run.plan.rounds)} passes, "
                   f"with about {run.plan.seconds * 1e3:g} ms of calls per side each",
         "date": run.date,
@@ -69,9 +70,9 @@ def _shares(others: list[float]) -> str:
     return "took " + " and ".join(f"{share:.0%}" for share in others) + " of the processors before and after the run"
 
 
-def _guests(results: list[Result]) -> str:
-    return ("the host gave them processors in {repeated:,} rounds, which were measured again, and in {disturbed:,} of "
-            "the {rounds:,} that count").format(**disturbance(results))
+def _host(results: list[Result]) -> str:
+    return ("kept processors from us in {dropped:,} tries, which were dropped, and in {disturbed:,} of the {counted:,} "
+            "that count, as far as it tells").format(**disturbance(results))
 
 
 def text(run: Run) -> str:
@@ -108,7 +109,7 @@ def as_json(run: Run) -> str:
         "versions": run.versions,
         "missing": run.missing,
         "other_programs": run.others,
-        "other_guests": disturbance(run.results),
+        "host": disturbance(run.results) if run.others else None,
         "threads": run.plan.threads,
         "rounds": run.plan.rounds,
         "results": [_result(result) for result in run.results],
@@ -128,6 +129,8 @@ def _result(result: Result) -> dict[str, Any]:
         "bytes": case.nbytes,
         "seconds": seconds,
         "samples": result.samples,
+        "stolen": result.stolen,
+        "dropped": result.dropped,
         "gbps": {label: result.gbps(label) for label in seconds},
         "ratio_to_fastbn": {label: result.ratio(label) for label in seconds},
         "ratio_to_roofline": {label: result.ratio(label, "roofline") for label in seconds if "roofline" in seconds},

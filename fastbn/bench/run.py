@@ -22,11 +22,11 @@ BUSY = 0.1  # the share of the processors from which on other programs spoil a m
 
 def run(options: Options) -> int:
     """Measure, print, write; 1 where a side failed, else 0."""
-    disturbed = [machine.busy()]
-    _warn_if_busy(disturbed[0])
+    others = [machine.busy()]
+    _warn_if_busy(others[0])
     with _Progress(options.cases) as progress, Processes(options.plan.threads, _together(options)) as processes:
         results = measure(options.cases, options.plan, processes, progress.tick)
-        disturbed.append(machine.busy())
+        others.append(machine.busy())
         versions = _versions(options, results, processes)
     found = page.Run(
         command=shlex.join(["fastbn", *sys.argv[1:]]),
@@ -34,7 +34,7 @@ def run(options: Options) -> int:
         machine=machine.describe(),
         versions=versions,
         missing=options.missing,
-        others=[share for share in disturbed if share is not None],
+        others=[share for share in others if share is not None],
         plan=options.plan,
         results=results,
     )

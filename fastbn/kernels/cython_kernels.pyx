@@ -88,8 +88,8 @@ cdef enum:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The plan: blocks of rows (or of inner elements) make a chunk, a chunk has one partial result a channel, channels come
-# in tiles; a task is one tile of one chunk, or what a thread has of it. All of it follows from shape and dtype, and a
-# thread has whole strips, so the bits never depend on the threads.
+# in tiles; a task is one tile of one chunk. All of it follows from shape and dtype. Where threads divide columns, each
+# takes whole strips, so the bits never depend on the threads.
 # ---------------------------------------------------------------------------------------------------------------------
 
 cdef struct Plan:
@@ -211,10 +211,19 @@ cdef inline Py_ssize_t n_column_parts(const Plan* plan) noexcept nogil:
     return min(plan.channels // HELD, plan.outer // MANY_ROWS) if plan.repeat == plan.sums_fold == 1 else 0
 
 
+cdef inline bint divides_columns(const Plan* plan, Py_ssize_t team) noexcept nogil:
+    """Whether so many threads would be idle for a third as long as they work, or more, if they shared the tasks of the
+    sums. Of two threads, forward and backward of 128x512, one task, took 0.8 and 0.7 of the time by columns, the forward
+    of 384x512, three, 0.9. Of 640x512, five, the backward would take 1.2 times: columns are shorter runs."""
+    cdef Py_ssize_t n_tasks = plan.n_chunks * plan.n_tiles
+    return n_column_parts(plan) >= team > 1 and 3 * ceil_div(n_tasks, team) * team >= 4 * n_tasks
+
+
 cdef inline int team_wanted(const Plan* plan, Py_ssize_t itemsize, int num_threads) noexcept nogil:
     """How many of num_threads are worth waking: each must have something to do, and its fair share of bytes."""
-    cdef Py_ssize_t n = min(<Py_ssize_t>num_threads, max(plan.n_chunks * plan.n_tiles, n_column_parts(plan)))
-    return <int>max(1, min(n, plan.outer * plan.channels * plan.inner * itemsize // SERIAL_BYTES))
+    cdef Py_ssize_t fair = plan.outer * plan.channels * plan.inner * itemsize // SERIAL_BYTES
+    cdef Py_ssize_t most = max(1, min(<Py_ssize_t>num_threads, fair)), by_columns = min(most, n_column_parts(plan))
+    return <int>(by_columns if divides_columns(plan, by_columns) else min(most, plan.n_chunks * plan.n_tiles))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1892,15 +1901,6 @@ cdef inline bint has_own_tiles(const Plan* plan) noexcept nogil:
     return even and (plan.by_inner or (plan.n_chunks == 1 and plan.n_tiles >= 2 * team_size()))
 
 
-cdef inline bint has_own_columns(const Plan* plan) noexcept nogil:
-    """Where the threads would be idle for a third as long as they work, or more. Of two threads, forward and backward
-    of 128x512, one task, took 0.8 and 0.7 of the time, the forward of 384x512, three, 0.9. Of 640x512, five, the
-    backward would take 1.2 times: columns are shorter runs."""
-    cdef Py_ssize_t n_tasks = plan.n_chunks * plan.n_tiles
-    return (3 * ceil_div(n_tasks, team_size()) * team_size() >= 4 * n_tasks
-            and n_column_parts(plan) >= team_size() > 1)
-
-
 cdef inline Py_ssize_t first_tile(const Plan* plan, int rank) noexcept nogil:
     return plan.n_tiles * rank // team_size()
 
@@ -1928,7 +1928,7 @@ cdef inline Part part_at(const Plan* plan, Py_ssize_t index, bint sums) noexcept
     if has_own_tiles(plan):
         c0 = (first_tile(plan, team_rank()) + index) * plan.tile
         return part_of(plan, c0, min(c0 + plan.tile, plan.channels), 0, 1)
-    if sums and has_own_columns(plan):
+    if sums and divides_columns(plan, team_size()):
         return part_of(plan, first_column(plan, team_rank()), first_column(plan, team_rank() + 1), 0, 1)
     return part_of(plan, 0, plan.channels, team_rank(), team_size())
 
