@@ -213,8 +213,8 @@ cdef inline Py_ssize_t n_column_parts(const Plan* plan) noexcept nogil:
 
 cdef inline bint divides_columns(const Plan* plan, Py_ssize_t team) noexcept nogil:
     """Whether so many threads would be idle for a third as long as they work, or more, if they shared the tasks of the
-    sums. Of two threads, forward and backward of 128x512, one task, took 0.8 and 0.7 of the time by columns, the forward
-    of 384x512, three, 0.9. Of 640x512, five, the backward would take 1.2 times: columns are shorter runs."""
+    sums. Of two threads, forward and backward of 128x512, one task, took 0.8 and 0.7 of the time by columns, the
+    forward of 384x512, three, 0.9. Of 640x512, five, the backward would take 1.2 times: columns are shorter runs."""
     cdef Py_ssize_t n_tasks = plan.n_chunks * plan.n_tiles
     return n_column_parts(plan) >= team > 1 and 3 * ceil_div(n_tasks, team) * team >= 4 * n_tasks
 
