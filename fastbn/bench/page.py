@@ -14,11 +14,11 @@ HOW = """\
 Every implementation runs in its own process, with the same number of threads, on arrays of the same normal random
 numbers about 3. In each round every side runs once, in turns that rotate: one call that does not count, then calls in a
 loop, each result alive until the next one is there. A sample is one call, or the mean of several where they are short;
-there are up to 9 in a round. Where the system tells that the host of a virtual machine kept the processors from a side
-for 2 % of its round or more (it tells in ticks of 10 ms, so in a short round one is enough), the round is tried again;
-of at most 5 tries the one with the least of that counts, and the others are dropped. A figure is the median of the
-samples that count, in milliseconds per call. Ratios are of medians; above 1, fastbn is faster. `fastbn` stands for its
-first backend of the table. Sizes and GB are decimal.
+there are up to 9 in a round. Where the host of a virtual machine kept, in a side's round, 2 % or more of the
+processors' time that programs wanted (the system tells of it in ticks of 10 ms, so in a short round one is enough), the
+round is tried again; of at most 5 tries the one with the least of that counts, the others are dropped. A figure is the
+median of the samples that count, in milliseconds per call. Ratios are of medians; above 1, fastbn is faster. `fastbn`
+stands for its first backend of the table. Sizes and GB are decimal.
 
 The roofline is what the operation must move at the least, as bare passes over the same arrays in the same process as
 fastbn, on the same threads (`fastbn/bench/passes.pyx`: large arrays fetched ahead, and where inputs and output are 20

@@ -1964,6 +1964,15 @@ cdef inline Band band_of(const Plan* plan, const Part* part) noexcept nogil:
     return band
 
 
+cdef inline void claim_rows(floating* rows, Py_ssize_t n, const Plan* plan, const Part* part) noexcept nogil:
+    """Fetch, to write, this thread's channels of rows that the others read in the last call, before the sums: after
+    them, each store would wait for its line (256x512 on two threads: 16 lines a row, forward 0.98 of the time)."""
+    cdef Py_ssize_t i, j, c0 = channel_share(part, 0), n_strips = ceil_div(channel_share(part, 1) - c0, STRIP)
+    for i in range(n if part.size > 1 else 0):
+        for j in range(n_strips):
+            prefetch_strip_write(rows + i * plan.channels + c0 + j * STRIP)
+
+
 cdef inline void wait_for_others(const Part* part) noexcept nogil:
     if part.size > 1:
         team_barrier()
@@ -2062,6 +2071,7 @@ cdef void batch_norm_worker(
     cdef double* m2 = rest + plan.channels
     for index in range(n_parts(plan)):
         part = part_at(plan, index, True)
+        claim_rows(coefs, 3, plan, &part)
         moments_part(x, stride, plan, &part, mean, rest, m2, partial)
         normalize_channels(plan, channel_share(&part, 0), channel_share(&part, 1), mean, rest, m2,
                            <double>plan.outer * plan.inner, gamma, beta, eps, stats, coefs)
