@@ -52,6 +52,15 @@ class Moments:
             raise ValueError(f"mean and m2 must have one shape (channels,), got {self.mean.shape} and {self.m2.shape}")
 
     @classmethod
+    def _of(
+        cls, count: int, mean: NDArray[np.float64], rest: NDArray[np.float64], m2: NDArray[np.float64],
+    ) -> Moments:
+        """Of arrays that nobody else has, without a check or a copy."""
+        moments = cls.__new__(cls)
+        moments.count, moments.mean, moments._rest, moments.m2 = count, mean, rest, m2
+        return moments
+
+    @classmethod
     def empty(cls, channels: int) -> Moments:
         """The moments of no data: the neutral element of `merge`."""
         return cls(0, np.zeros(channels), np.zeros(channels))
@@ -79,9 +88,7 @@ class Moments:
             raise ValueError(f"other must have {self.mean.size} channels, got {other.mean.size}")
         if not self.count or not other.count:
             filled = self if self.count else other
-            merged = Moments(filled.count, filled.mean, filled.m2)
-            merged._rest = filled._rest.copy()
-            return merged
+            return self._of(filled.count, filled.mean.copy(), filled._rest.copy(), filled.m2.copy())
         count = self.count + other.count
         with np.errstate(all="ignore"):  # data that is not finite gives moments that are not, without warnings
             delta = (other.mean - self.mean) + (other._rest - self._rest)
@@ -90,9 +97,8 @@ class Moments:
             shift = self._rest + delta * (other.count / count)
             mean = self.mean + shift
             added = mean - self.mean
-            merged = Moments(count, mean, m2)
-            merged._rest = (self.mean - (mean - added)) + (shift - added)
-        return merged
+            rest = (self.mean - (mean - added)) + (shift - added)
+        return self._of(count, mean, rest, m2)
 
     def __add__(self, other: Moments) -> Moments:
         return self.merge(other) if isinstance(other, Moments) else NotImplemented
@@ -147,10 +153,14 @@ def moments(
     """
     kernels = _dispatch.kernels(backend)
     threads = _dispatch.thread_count(num_threads)
+    whole = getattr(kernels, "whole_moments", None)
+    done = whole and whole(x, axis, threads)
+    if done:
+        return Moments._of(*done)
+
     array: NDArray[Any] = _layout.data(x)
     layout = _layout.layout_of(array, axis)
-    result = Moments.empty(layout.channels)
-    result.count = layout.n_values
+    mean, rest, m2 = np.zeros(layout.channels), np.zeros(layout.channels), np.zeros(layout.channels)
     if array.size:
-        kernels.moments(_layout.canonical(array, layout), result.mean, result._rest, result.m2, threads)
-    return result
+        kernels.moments(_layout.canonical(array, layout), mean, rest, m2, threads)
+    return Moments._of(layout.n_values, mean, rest, m2)

@@ -52,6 +52,17 @@ def test_against_numpy_in_longdouble(backend, dtype, layout, ddof):
     assert_close(moments.std(ddof), wide.std(axis=others, ddof=ddof), "var", dtype)
 
 
+@pytest.mark.parametrize("layout", ["1301x77", "NCHW", "channels first", "every other row"])
+def test_the_short_way_of_plain_arguments_gives_the_same_bits(backend, dtype, layout):
+    x, _, _, _, axis = drawn(layout, dtype)
+    x = np.ascontiguousarray(x)
+    short = fastbn.moments(x, axis=axis, backend=backend)
+    long = fastbn.moments(x, axis=np.int64(axis), backend=backend)
+    assert short.count == long.count == x.size // x.shape[axis]
+    for name in ("mean", "_rest", "m2"):
+        assert_same_bits(getattr(short, name), getattr(long, name))
+
+
 def test_too_few_values_for_ddof():
     one = fastbn.moments(np.array([[3.0, 5.0]]))
     np.testing.assert_array_equal(one.mean, [3, 5])

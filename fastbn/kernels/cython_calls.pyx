@@ -380,6 +380,10 @@ cdef inline cnp.ndarray new_rows(Py_ssize_t rows, Py_ssize_t channels, int typen
     return cnp.PyArray_EMPTY(2, shape, typenum, 0)
 
 
+cdef inline cnp.ndarray new_vector(cnp.npy_intp channels):
+    return cnp.PyArray_EMPTY(1, &channels, cnp.NPY_FLOAT64, 0)
+
+
 cdef inline const double* statistics_of(values, Py_ssize_t channels, double* memory) noexcept:
     """float32 or float64 values as float64, in memory if they are not so already; NULL where they are neither."""
     cdef Py_ssize_t c
@@ -392,6 +396,27 @@ cdef inline const double* statistics_of(values, Py_ssize_t channels, double* mem
             memory[c] = (<float*>data_of(values))[c]
         return memory
     return NULL
+
+
+def whole_moments(
+    x, axis, int num_threads,
+):
+    """(count, mean, rest, m2), or None."""
+    cdef cnp.ndarray mean, rest, m2
+    cdef Plan plan
+    if not is_plain(x):
+        return None
+    plan = plain_plan(x, axis, 1)
+    if not plan.channels:
+        return None
+    mean, rest, m2 = new_vector(plan.channels), new_vector(plan.channels), new_vector(plan.channels)
+    if cnp.PyArray_TYPE(<cnp.ndarray>x) == cnp.NPY_FLOAT32:
+        launch_moments[float](<float*>data_of(x), plan.channels * plan.inner, plan, <double*>data_of(mean),
+                              <double*>data_of(rest), <double*>data_of(m2), num_threads)
+    else:
+        launch_moments[double](<double*>data_of(x), plan.channels * plan.inner, plan, <double*>data_of(mean),
+                               <double*>data_of(rest), <double*>data_of(m2), num_threads)
+    return plan.outer * plan.inner, mean, rest, m2
 
 
 def whole_batch_norm(

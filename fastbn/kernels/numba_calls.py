@@ -434,6 +434,16 @@ def are_plain_options(gamma, beta, eps, activation, channels, dtype):
             and type(eps) is float and 0 <= eps < math.inf and (activation is None or activation == "relu"))
 
 
+def whole_moments(x, axis, num_threads):
+    """(count, mean, rest, m2), or None."""
+    view = plain_view(x, axis)
+    if not view:
+        return None
+    mean, rest, m2 = np.empty(view[1]), np.empty(view[1]), np.empty(view[1])
+    moments(x.reshape(view), mean, rest, m2, num_threads)
+    return view[0] * view[2], mean, rest, m2
+
+
 def whole_batch_norm(x, gamma, beta, axis, eps, activation, out, num_threads):
     """(y, count, whether in place, stats, coefs), or None."""
     view = plain_view(x, axis)
