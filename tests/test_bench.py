@@ -274,6 +274,8 @@ def test_what_the_host_kept_is_read_of_the_usable_processors(monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux tells")
 def test_this_system_tells():
+    if not any(map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:])):
+        pytest.skip("this system counts nothing")  # as some sandboxes do
     assert machine.ticks().busy > 0
 
 
