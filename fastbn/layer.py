@@ -168,13 +168,14 @@ class BatchNorm:
                 )
             self.num_batches_skipped += 1
             return
-        unbiased = saved.var * (saved.count / (saved.count - 1))
-        # All three together, so that an interrupt leaves no half-made update.
-        self.running_mean, self.running_var, self.num_batches_tracked = (
+        bessel = saved.count / (saved.count - 1)  # the running variance averages unbiased ones
+        whole = getattr(_dispatch.kernels(self.backend), "whole_running", None)
+        mean, var = (whole and whole(self.running_mean, self.running_var, saved.stats, weight, bessel)) or (
             self.running_mean * (1 - weight) + saved.mean * weight,
-            self.running_var * (1 - weight) + unbiased * weight,
-            seen,
+            self.running_var * (1 - weight) + saved.var * bessel * weight,
         )
+        # All three together, so that an interrupt leaves no half-made update.
+        self.running_mean, self.running_var, self.num_batches_tracked = mean, var, seen
 
     def backward(self, grad_y: ArrayLike, *, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """grad_x; sets ``grad_gamma`` and ``grad_beta``. In eval mode the statistics are constants.

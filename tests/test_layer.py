@@ -66,6 +66,20 @@ def test_momentum_none_is_the_average_over_the_batches(backend, rng, dtype):
     assert_close(layer.running_var, np.mean(unbiased, axis=0), "running", dtype)
 
 
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_running_statistics_that_are_not_plain_arrays_go_the_same_way(backend, rng, momentum):
+    plain, strided = (BatchNorm(37, momentum=momentum, backend=backend) for _ in range(2))
+    strided.running_mean, strided.running_var = np.zeros(74)[::2], np.ones(74)[::2]
+    for i in range(3):
+        x = rng.normal(i, 1 + i, (20 + i, 37))
+        before, kept = plain.running_var, plain.running_var.copy()
+        plain(x)
+        strided(x)
+        assert_same_bits(before, kept)  # the new ones are new arrays
+        np.testing.assert_allclose(plain.running_mean, strided.running_mean, rtol=0, atol=2e-15)  # a few roundings
+        np.testing.assert_allclose(plain.running_var, strided.running_var, rtol=2e-15)
+
+
 @pytest.mark.parametrize("momentum", [0, 1])
 def test_momentum_at_its_ends(momentum):
     layer = BatchNorm(2, momentum=momentum)

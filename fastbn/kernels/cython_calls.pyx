@@ -450,6 +450,30 @@ def whole_batch_norm(
     return y, plan.outer * plan.inner, data_of(y) == data_of(x), stats, coefs
 
 
+def whole_running(
+    mean, var, cnp.ndarray stats not None, double weight, double bessel,
+):
+    """(mean, var): a layer's running statistics after a batch of these, in new arrays; or None."""
+    cdef Py_ssize_t c, channels = cnp.PyArray_DIM(stats, 1)
+    cdef cnp.ndarray new_mean, new_var
+    cdef const double* batch = <double*>data_of(stats)
+    cdef const double* means
+    cdef const double* variances
+    cdef double* to_mean
+    cdef double* to_var
+    if mean is None or var is None or not (is_plain_vector(mean, channels, cnp.NPY_FLOAT64)
+                                           and is_plain_vector(var, channels, cnp.NPY_FLOAT64)):
+        return None
+    new_mean, new_var = new_vector(channels), new_vector(channels)
+    means, variances = <double*>data_of(mean), <double*>data_of(var)
+    to_mean, to_var = <double*>data_of(new_mean), <double*>data_of(new_var)
+    for c in range(channels):
+        to_mean[c] = means[c] * (1 - weight) + batch[c] * weight
+    for c in range(channels):
+        to_var[c] = variances[c] * (1 - weight) + batch[channels + c] * bessel * weight
+    return new_mean, new_var
+
+
 def whole_batch_norm_inference(
     x, mean, var, gamma, beta, axis, eps, activation, out, int num_threads,
 ):
