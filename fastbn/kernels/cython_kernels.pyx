@@ -1982,7 +1982,7 @@ cdef inline void claim_edges(
     what the thread beside it fetched behind its own. On two threads: forward of 100x2000 0.8 to 0.9 of the time, of
     64x2048 0.85 to 0.98, of 32x4096 0.93 to 1.01; from 1 MB on, of the backward and at inference up to 1.1."""
     cdef Py_ssize_t r, i, n_lines
-    if part.size > 1 or team_size() == 1 or plan.by_inner or not is_near(plan, sizeof(floating)):
+    if team_size() == 1 or plan.by_inner or not has_own_tiles(plan) or not is_near(plan, sizeof(floating)):
         return
     n_lines = EDGE_LINES if index == 0 and not goes_back(y, x, 1, False) else 1
     for r in range(0 if has_whole_lines(y, stride) else plan.outer):
