@@ -59,16 +59,36 @@ def layout_of(x: NDArray[Any], axis: int) -> Layout:
     return Layout(x.shape, order, (outer, x.shape[axis], inner), x.dtype)
 
 
-def canonical(x: NDArray[Any], layout: Layout) -> NDArray[Any]:
-    """x as ``layout.view``, a view where x allows it, else a copy."""
-    if x.flags.c_contiguous and x.flags.aligned and layout.order == tuple(range(x.ndim)):
-        return x.reshape(layout.view)
-    view = x.transpose(layout.order).reshape(layout.view)
-    steps = view.shape[1:], view.strides[1:], (layout.view[2] * x.itemsize, x.itemsize)
-    contiguous = all(length == 1 or stride == step for length, stride, step in zip(*steps, strict=True))
-    if contiguous and x.flags.aligned and view.strides[0] % x.itemsize == 0:
-        return view
-    return np.require(view, None, ["C", "A"])
+def canonical(x: NDArray[Any], layout: Layout, spare: NDArray[Any] | None = None) -> NDArray[Any]:
+    """x as ``layout.view``: a view where x allows it, else a copy, in spare where that is given.
+
+    spare is the canonical view of the output. Kernels work in place, so a copy there takes no memory beside it.
+    """
+    if x.dtype == layout.dtype and x.flags.aligned:
+        if x.flags.c_contiguous and layout.order == tuple(range(x.ndim)):
+            return x.reshape(layout.view)
+        if has_rows(x, layout):
+            return x.transpose(layout.order).reshape(layout.view)
+    if spare is None:
+        spare = np.empty(layout.view, layout.dtype)
+    ordered = x.transpose(layout.order)
+    np.copyto(spare.reshape(ordered.shape), ordered, casting="same_kind")
+    return spare
+
+
+def has_rows(x: NDArray[Any], layout: Layout) -> bool:
+    """Whether x lies as ``layout.view`` says: channels and inner one behind the other, the rest in equal steps."""
+    row = layout.view[1] * layout.view[2]
+    n, step = 1, x.itemsize  # values passed, and the bytes from where they begin to the next so many
+    for i in reversed(layout.order):
+        if x.shape[i] == 1:
+            continue
+        if n == row:  # rows may lie apart
+            step = x.strides[i]
+        if x.strides[i] != step or step % x.itemsize:
+            return False
+        n, step = n * x.shape[i], step * x.shape[i]
+    return True
 
 
 def empty(layout: Layout) -> tuple[NDArray[Any], NDArray[Any]]:

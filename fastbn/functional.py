@@ -79,7 +79,8 @@ def batch_norm(
     Parameters
     ----------
     x : array_like, shape (batch, channels) or (batch, channels, ...)
-        float32 or float64; integers and bool are computed as float64. Any memory order.
+        float32 or float64; integers and bool are computed as float64. Any memory order; what takes a copy is in
+        docs/memory.md.
     gamma, beta : array_like, shape (channels,), optional
         Scale and shift; 1 and 0 by default.
     axis : int
@@ -145,7 +146,7 @@ def batch_norm(
     stats = np.full((3, layout.channels), np.nan)
     coefs = np.full((3, layout.channels), np.nan, x.dtype)
     if x.size:
-        x_view = _layout.canonical(x, layout)
+        x_view = _layout.canonical(x, layout, y_view)
         kernels.batch_norm(x_view, gamma, beta, eps, relu, y_view, stats, coefs, threads)
         _layout.finish(y, y_view, layout)
     overwritten = out is not None and _layout.overlap(y, x)
@@ -222,7 +223,7 @@ def normalize(
     stats = np.full((3, layout.channels), np.nan)
     coefs = np.full((3, layout.channels), np.nan, x.dtype)
     if x.size:
-        x_view = _layout.canonical(x, layout)
+        x_view = _layout.canonical(x, layout, y_view)
         kernels.batch_norm_inference(x_view, mean, var, gamma, beta, eps, relu, y_view, stats, coefs, threads)
         _layout.finish(y, y_view, layout)
     overwritten = out is not None and _layout.overlap(y, x)
@@ -248,7 +249,7 @@ def batch_norm_backward(
     Parameters
     ----------
     grad_y : array_like, the shape of y
-        Gradient of the loss with respect to y. Computed in the dtype of x.
+        Gradient of the loss with respect to y, in any memory order. Computed in the dtype of x.
     saved : Saved
         From `batch_norm`.
     out : ndarray, optional
@@ -287,13 +288,12 @@ def batch_norm_backward(
     grad_y = _layout.data(grad_y, "grad_y")
     if grad_y.shape != x.shape:
         raise ValueError(f"grad_y must have the shape of y, {x.shape}, got {grad_y.shape}")
-    grad_y = grad_y.astype(x.dtype, copy=False)
     layout = _layout.layout_of(x, saved.axis)
     grad_x, grad_x_view = _layout.output(out, layout, grad_y, others=(x,))
 
     grads = np.zeros((2, layout.channels), x.dtype)
     if x.size:
-        grad_y_view = _layout.canonical(grad_y, layout)
+        grad_y_view = _layout.canonical(grad_y, layout, grad_x_view)
         x_view = _layout.canonical(x, layout)
         two = saved.training and layout.n_values == 2
         of_two = _grad_x_of_two(kernels, grad_y_view, x_view, saved) if two else None

@@ -157,7 +157,7 @@ class BatchNorm:
         if self.running_mean is None or self.running_var is None:
             return
         seen = self.num_batches_tracked + 1
-        weight = 1 / seen if self.momentum is None else self.momentum
+        weight = 1 / seen if self.momentum is None else float(self.momentum)
         if self.skip_nonfinite and not np.isfinite(saved.var).all():  # nor is a variance where the mean is not
             if not self.num_batches_skipped:
                 warnings.warn(

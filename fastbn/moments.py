@@ -125,7 +125,8 @@ def moments(
     Parameters
     ----------
     x : array_like, shape (batch, channels) or (batch, channels, ...)
-        float32 or float64; integers and bool are computed as float64. Any memory order.
+        float32 or float64; integers and bool are computed as float64. Any memory order; what takes a copy is in
+        docs/memory.md.
     axis : int
         The channel axis; the statistics run over all the others.
     num_threads : int, optional

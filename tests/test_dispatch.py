@@ -239,3 +239,30 @@ def test_an_unbuilt_source_tree_says_what_to_do(tmp_path):
     assert result.returncode == 1
     assert "source tree" in result.stderr
     assert "pip install" in result.stderr
+
+
+def test_plain_arrays_go_the_short_ways(compiled, monkeypatch):
+    kernels = _dispatch.kernels(compiled)
+    ways = [name for name in vars(kernels) if name.startswith("whole_")]
+    answered = {}
+
+    def watched(name, way):
+        def call(*args):
+            answer = way(*args)
+            answered.setdefault(name, []).append(answer is not None)
+            return answer
+        return call
+
+    for name in ways:
+        monkeypatch.setattr(kernels, name, watched(name, getattr(kernels, name)))
+    x = np.random.default_rng(0).standard_normal((20, 5), np.float32)
+    layer = fastbn.BatchNorm(5, backend=compiled)
+    for _ in range(2):
+        layer.train()(x)
+        layer.backward(x)
+        layer.eval()(x)
+        layer.load_state_dict(layer.state_dict())
+    fastbn.moments(x, backend=compiled)
+    assert set(ways) == set(answered)
+    assert len(ways) >= 4
+    assert all(all(answers) for answers in answered.values()), answered

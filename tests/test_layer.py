@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -78,6 +79,16 @@ def test_running_statistics_that_are_not_plain_arrays_go_the_same_way(backend, r
         assert_same_bits(before, kept)  # the new ones are new arrays
         np.testing.assert_allclose(plain.running_mean, strided.running_mean, rtol=0, atol=2e-15)  # a few roundings
         np.testing.assert_allclose(plain.running_var, strided.running_var, rtol=2e-15)
+
+
+@pytest.mark.parametrize("momentum", [Fraction(1, 10), np.longdouble("0.1"), np.float32(0.1)], ids=repr)
+def test_momentum_of_any_kind_leaves_float64(backend, rng, momentum):
+    layer = BatchNorm(5, momentum=momentum, backend=backend)
+    x = rng.normal(2, 3, (20, 5)).astype(np.float32)
+    layer(x)
+    assert layer.running_mean.dtype == layer.running_var.dtype == np.float64
+    np.testing.assert_allclose(layer.running_mean, float(momentum) * x.mean(0, np.float64), rtol=1e-14)
+    layer.eval()(x)
 
 
 @pytest.mark.parametrize("momentum", [0, 1])

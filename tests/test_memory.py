@@ -1,6 +1,7 @@
 """The memory of large outputs is reused, but never while anything still looks at it."""
 
 import threading
+import tracemalloc
 import weakref
 
 import numpy as np
@@ -29,6 +30,75 @@ def x():
 
 def address(array):
     return array.__array_interface__["data"][0]
+
+
+def stepped(x):
+    """x where channels are two places apart, which has no canonical view."""
+    wide = np.zeros((len(x), 2 * x.shape[1]), x.dtype)
+    wide[:, ::2] = x
+    return wide[:, ::2]
+
+
+def every_other_row(x):
+    return np.repeat(x, 2, axis=0)[::2]
+
+
+LAYOUTS = {  # copies of an array in C order
+    "C": np.copy, "F": lambda x: np.array(x, order="F"), "rows": every_other_row, "steps": stepped,
+}
+
+
+@pytest.mark.parametrize("own_out", [False, True], ids=["fresh", "out"])
+@pytest.mark.parametrize(("layout", "of_out"), [*((name, name) for name in LAYOUTS), ("C", "F"), ("F", "C")])
+@pytest.mark.parametrize("op", ["forward", "backward", "inference", "moments"])
+def test_beside_its_output_a_call_allocates_little(compiled, monkeypatch, op, layout, of_out, own_out):
+    """In units of x; the copies are those of docs/memory.md. In the backward, layout is that of grad_y, of_out of x."""
+    monkeypatch.setattr(_memory, "_limit", 0)
+    fastbn.release_memory()
+    data = np.random.default_rng(0).standard_normal((10_000, 50), np.float32)
+    x, other = LAYOUTS[layout](data), LAYOUTS[of_out](data)
+    out = LAYOUTS[of_out](data) if own_out else None
+    _, saved = fastbn.batch_norm(other, backend=compiled)
+    call = {
+        "forward": lambda: fastbn.batch_norm(x, out=out, backend=compiled),
+        "backward": lambda: fastbn.batch_norm_backward(x, saved, out=out, backend=compiled),
+        "inference": lambda: fastbn.batch_norm_inference(x, saved.mean, saved.var, out=out, backend=compiled),
+        "moments": lambda: fastbn.moments(x, backend=compiled),
+    }[op]
+    call()  # Numba compiles, which allocates much
+    tracemalloc.start()
+    try:
+        call()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    result = int(out is None and op != "moments")
+    copies = {
+        "forward": own_out and (of_out == "steps" or layout != of_out),
+        "inference": own_out and (of_out == "steps" or layout != of_out),
+        "backward": (of_out == "steps") * (1 + own_out),
+        "moments": layout == "steps",
+    }[op]
+    assert result + copies <= peak / data.nbytes < result + copies + 1 / 10
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_grad_y_of_another_dtype_is_converted_into_the_output(compiled, monkeypatch, dtype):
+    monkeypatch.setattr(_memory, "_limit", 0)
+    fastbn.release_memory()
+    x, grad_y = np.random.default_rng(1).standard_normal((2, 10_000, 50))
+    _, saved = fastbn.batch_norm(x.astype(dtype), backend=compiled)
+    for given in (grad_y, grad_y.astype(np.float32), np.asfortranarray(grad_y), grad_y[::-1][::-1]):
+        expected = fastbn.batch_norm_backward(given.astype(dtype, order="C"), saved, backend=compiled)
+        tracemalloc.start()
+        try:
+            actual = fastbn.batch_norm_backward(given, saved, backend=compiled)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert 1 <= peak / actual[0].nbytes < 1.1
+        for got, wanted in zip(actual, expected, strict=True):
+            assert_same_bits(got, wanted)
 
 
 @pytest.mark.parametrize("order", ["C", "F"])

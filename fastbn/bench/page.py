@@ -6,17 +6,19 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastbn.bench.measure import PASSES, Plan, Result, disturbance
+from fastbn.bench.measure import PASSES, SAMPLES, STOLEN, TRIES, Plan, Result, disturbance
 from fastbn.bench.tables import as_markdown, as_text, tables
 from fastbn.bench.targets import verdicts
 
-HOW = """\
+HOW = f"""\
 Every implementation runs in its own process, with the same number of threads, on arrays of the same normal random
 numbers about 3. In each round every side runs once, in turns that rotate: one call that does not count, then calls in a
 loop, each result alive until the next one is there. A sample is one call, or the mean of several where they are short;
-there are up to 9 in a round. Where the host of a virtual machine kept, in a side's round, 2 % or more of the
+there are up to {SAMPLES} in a round. Where the host of a virtual machine kept, in a side's round, \
+{STOLEN * 100:g} % or more of the
 processors' time that programs wanted (the system tells of it in ticks of 10 ms, so in a short round one is enough), the
-round is tried again; of at most 5 tries the one with the least of that counts, the others are dropped. A figure is the
+round is tried again; of at most {TRIES} \
+tries the one with the least of that counts, the others are dropped. A figure is the
 median of the samples that count, in milliseconds per call. Ratios are of medians; above 1, fastbn is faster. `fastbn`
 stands for its first backend of the table. Sizes and GB are decimal.
 

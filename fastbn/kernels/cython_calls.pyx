@@ -21,8 +21,8 @@ cdef extern from "machine.h" nogil:
 # Launchers: scratch memory and the team of threads around a worker.
 # ---------------------------------------------------------------------------------------------------------------------
 
-cdef double* scratch(const Plan* plan, Py_ssize_t rows_per_chunk) except NULL:
-    cdef Py_ssize_t n = plan.n_chunks * plan.channels * rows_per_chunk
+cdef double* scratch(const Plan* plan, Py_ssize_t n_rows) except NULL:
+    cdef Py_ssize_t n = plan.channels * n_rows
     cdef double* memory = <double*>malloc(max(1, n) * sizeof(double))
     if memory == NULL:
         raise MemoryError(f"no memory for the {n} partial results")
@@ -38,7 +38,7 @@ cdef inline bint streams(const Plan* plan, Py_ssize_t itemsize, bint in_place) n
 cdef int launch_moments(
     const floating* x, Py_ssize_t stride, Plan plan, double* mean, double* rest, double* m2, int num_threads,
 ) except -1:
-    cdef double* partial = scratch(&plan, 3)
+    cdef double* partial = scratch(&plan, 3 * plan.n_chunks)
     cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
     with nogil, parallel(num_threads=team):
         moments_worker(x, stride, &plan, mean, rest, m2, partial)
@@ -63,7 +63,7 @@ cdef int launch_batch_norm(
     const floating* x, Py_ssize_t stride, Plan plan, const floating* gamma, const floating* beta, double eps,
     bint relu, double* stats, floating* coefs, floating* y, Py_ssize_t y_stride, int num_threads,
 ) except -1:
-    cdef double* partial = scratch(&plan, 3)
+    cdef double* partial = scratch(&plan, 3 * plan.n_chunks)
     cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
     cdef bint stream = streams(&plan, 2 * sizeof(floating), x == y)
     with nogil, parallel(num_threads=team):
@@ -90,7 +90,7 @@ cdef int launch_grad_moments(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, Plan plan,
     const double* mean, const floating* coefs, bint relu, double* sum_dy, double* sum_dy_xmu, int num_threads,
 ) except -1:
-    cdef double* memory = scratch(&plan, 2)
+    cdef double* memory = scratch(&plan, 2 * plan.n_chunks)
     cdef double* partial_xmu = memory + plan.n_chunks * plan.channels
     cdef int team = team_take(team_wanted(&plan, 2 * sizeof(floating), num_threads))
     with nogil, parallel(num_threads=team):
@@ -120,7 +120,7 @@ cdef int launch_batch_norm_backward(
     const double* stats, const floating* coefs, bint relu, bint training,
     floating* grads, floating* grad_x, Py_ssize_t grad_x_stride, int num_threads,
 ) except -1:
-    cdef double* sum_dy = scratch(&plan, 6)
+    cdef double* sum_dy = scratch(&plan, 2 * plan.n_chunks + 4)
     cdef double* sum_dy_xmu = sum_dy + plan.n_chunks * plan.channels
     cdef floating* linear = <floating*>(sum_dy_xmu + plan.n_chunks * plan.channels)
     cdef int team = team_take(team_wanted(&plan, 2 * sizeof(floating), num_threads))
