@@ -27,6 +27,39 @@ class Forward(Timed):
         return self.calls(lambda: fastbn.batch_norm(self.x, self.gamma, self.beta, activation="relu", backend=backend))
 
 
+class Layouts(Timed):
+    """Other memory layouts, dtypes and widths of 16 MB: none is to cost much more than the first."""
+
+    kinds = {  # noqa: RUF012 (asv reads it, nobody writes it)
+        "plain": ("62500x64", "float32", "C"),
+        "float64": ("31250x64", "float64", "C"),
+        "Fortran order": ("62500x64", "float32", "F"),
+        "every other row": ("125000x64", "float32", "C"),
+        "3 columns": ("1333333x3", "float32", "C"),
+        "77 columns": ("51948x77", "float32", "C"),
+    }
+    params = (BACKENDS, tuple(kinds))
+    param_names = ("backend", "layout")
+
+    def setup(self, backend, layout):
+        need_backend(backend)
+        array, dtype, order = self.kinds[layout]
+        self.x = normal(array, 3, dtype, order)
+        if layout == "every other row":
+            self.x = self.x[::2]
+        self.gamma = self.beta = np.linspace(0.5, 2, self.x.shape[1]).astype(dtype)
+        self.set_calls()
+        self.prepare(backend)
+
+    def prepare(self, backend):
+        self.out = np.full_like(self.x, np.nan)
+        fastbn.batch_norm(self.x[:2], self.gamma, self.beta, backend=backend)
+
+    def time_out(self, backend, layout):
+        """Into a given array."""
+        return self.calls(lambda: fastbn.batch_norm(self.x, self.gamma, self.beta, out=self.out, backend=backend))
+
+
 class Memory:
     array = "65536x256"
     params = (BACKENDS,)

@@ -66,6 +66,7 @@ EXPECTED = {  # timed call: what it computes by the reference, and how to find t
     ("batch_norm_forward", "Forward", "time_out"): (lambda b: [reference(b)[0]], lambda result: [result[0]]),
     ("batch_norm_forward", "Forward", "time_fresh"): (lambda b: [reference(b)[0]], lambda result: [result[0]]),
     ("batch_norm_forward", "Forward", "time_relu"): (lambda b: [reference(b, "relu")[0]], lambda result: [result[0]]),
+    ("batch_norm_forward", "Layouts", "time_out"): (lambda b: [reference(b)[0]], lambda result: [result[0]]),
     ("backward", "Backward", "time_out"): (gradients, list),
     ("backward", "Backward", "time_fresh"): (gradients, list),
     ("inference", "Inference", "time_out"): (lambda b: [normalized(b)], lambda result: [result]),
@@ -85,11 +86,15 @@ def test_every_timed_call_is_checked():
 
 @pytest.mark.parametrize("array", ["40x12", "4x6x5x3"])
 @pytest.mark.parametrize("which", EXPECTED, ids=".".join)
-def test_timed_call_computes_what_its_name_says(which, array, compiled):
+def test_timed_call_computes_what_its_name_says(which, array, compiled, monkeypatch):
     module, name, method = which
     parameters = (compiled, array)
     if module == "moments":
         parameters = (compiled, "40x12", {"40x12": "float32, Fortran order", "4x6x5x3": "float64"}[array])
+    if name == "Layouts":
+        kinds = load(module).Layouts.kinds
+        monkeypatch.setattr(load(module).Layouts, "kinds", {kind: (array, *how) for kind, (_, *how) in kinds.items()})
+        parameters = (compiled, {"40x12": "every other row", "4x6x5x3": "Fortran order"}[array])
     benchmark = prepared(module, name, *parameters)
     result = getattr(benchmark, method)(*parameters)
     expected, parts = EXPECTED[which]
