@@ -8,6 +8,15 @@ import fastbn
 
 from .common import ARRAYS, BACKENDS, MEANS, Timed, arrays, need, need_backend, normal, ratio, ulps
 
+LAYOUTS = {  # array, dtype, memory order
+    "plain": ("62500x64", "float32", "C"),
+    "float64": ("31250x64", "float64", "C"),
+    "Fortran order": ("62500x64", "float32", "F"),
+    "every other row": ("125000x64", "float32", "C"),
+    "3 columns": ("1333333x3", "float32", "C"),
+    "77 columns": ("51948x77", "float32", "C"),
+}
+
 
 class Forward(Timed):
     def prepare(self, backend):
@@ -30,20 +39,12 @@ class Forward(Timed):
 class Layouts(Timed):
     """Other memory layouts, dtypes and widths of 16 MB: none is to cost much more than the first."""
 
-    kinds = {  # noqa: RUF012 (asv reads it, nobody writes it)
-        "plain": ("62500x64", "float32", "C"),
-        "float64": ("31250x64", "float64", "C"),
-        "Fortran order": ("62500x64", "float32", "F"),
-        "every other row": ("125000x64", "float32", "C"),
-        "3 columns": ("1333333x3", "float32", "C"),
-        "77 columns": ("51948x77", "float32", "C"),
-    }
-    params = (BACKENDS, tuple(kinds))
+    params = (BACKENDS, tuple(LAYOUTS))
     param_names = ("backend", "layout")
 
     def setup(self, backend, layout):
         need_backend(backend)
-        array, dtype, order = self.kinds[layout]
+        array, dtype, order = LAYOUTS[layout]
         self.x = normal(array, 3, dtype, order)
         if layout == "every other row":
             self.x = self.x[::2]

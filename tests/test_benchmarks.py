@@ -92,8 +92,8 @@ def test_timed_call_computes_what_its_name_says(which, array, compiled, monkeypa
     if module == "moments":
         parameters = (compiled, "40x12", {"40x12": "float32, Fortran order", "4x6x5x3": "float64"}[array])
     if name == "Layouts":
-        kinds = load(module).Layouts.kinds
-        monkeypatch.setattr(load(module).Layouts, "kinds", {kind: (array, *how) for kind, (_, *how) in kinds.items()})
+        layouts = {layout: (array, *how) for layout, (_, *how) in load(module).LAYOUTS.items()}
+        monkeypatch.setattr(load(module), "LAYOUTS", layouts)
         parameters = (compiled, {"40x12": "every other row", "4x6x5x3": "Fortran order"}[array])
     benchmark = prepared(module, name, *parameters)
     result = getattr(benchmark, method)(*parameters)

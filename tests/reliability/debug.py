@@ -5,9 +5,9 @@ loops become as wide as the registers at -O3."""
 
 from reliability import builds
 
-WHAT = ["-k", "not numba and not numpy", "--ignore", "tests/test_vectors.py", "tests"]
+SELECTED = ["-k", "not numba and not numpy", "--ignore", "tests/test_vectors.py", "tests"]
 
 
 def run(tally, scale):
     target = builds.install("debug", FASTBN_DEBUG="1")
-    builds.pytest(tally, "tests", target, WHAT)
+    builds.pytest(tally, "tests", target, SELECTED)
