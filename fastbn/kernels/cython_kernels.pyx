@@ -58,8 +58,8 @@ cdef enum:
     ROWS_AHEAD = 2 * ROWS  # wide rows that they fetch ahead into L2. From memory, Zen 4 on two threads: moments of
     # 1000000x64 12.6 ms without and 5.9 with, the sums of the backward 23 and 13; in L2 1 to 10 % longer.
     AHEAD = 512           # elements that runs and the elementwise passes fetch ahead: 10 to 25 % from 4 MB up
-    FAR_AHEAD = 2048      # and where the data will not be in a cache, into L2 instead: of the time, on Zen 4 and two
-    # threads, grad_affine of 4096x1024 took 0.7, moments of 32x64x56x56 as much.
+    FAR_AHEAD = 2048      # and of two inputs, or of runs to sum, that will not be in a cache, into L2 instead: of the
+    # time, on Zen 4 and two threads, grad_affine of 4096x1024 took 0.7, moments of 32x64x56x56 as much.
     MAX_CHUNKS = 64       # partial results a channel, at most; so also the threads that can share a column
     SERIAL_BYTES = 65536  # a thread's fair share: below it, waking the thread costs more than it saves
     NARROW = 32           # rows apart of fewer columns are first copied together (20 columns: 20 % less time)
@@ -298,13 +298,15 @@ cdef inline void prefetch_strip(const floating* x, bint far) noexcept nogil:
             prefetch(<const char*>x + i * LINE)
 
 
-cdef inline void prefetch_row(const floating* x, Py_ssize_t stride, Py_ssize_t n_columns) noexcept nogil:
-    """Of rows of HELD columns: these columns of rows further on, into L1 and into L2, the latter from as far as of wide
-    rows (300000x64, of 8 instead of 128 rows: 5 % longer)."""
+cdef inline void prefetch_row(const floating* x, Py_ssize_t stride, Py_ssize_t n_columns, bint far) noexcept nogil:
+    """Of rows of HELD columns: these columns of rows further on, into L1 (from L3, 62500x64: moments 0.9 of the time,
+    sums of the backward 0.95; of every other row 0.85 and 0.9), of far ones into L2 too, from as far as of wide rows
+    (300000x64, of 8 instead of 128 rows: 5 % longer)."""
     cdef Py_ssize_t j
     for j in range(n_columns // STRIP):
         prefetch_strip(x + AHEAD // HELD * stride + j * STRIP, False)
-        prefetch_strip(x + ROWS_AHEAD * TILE // HELD * stride + j * STRIP, True)
+        if far:
+            prefetch_strip(x + ROWS_AHEAD * TILE // HELD * stride + j * STRIP, True)
 
 
 cdef inline void prefetch_strip_write(const floating* y) noexcept nogil:
@@ -353,7 +355,8 @@ cdef inline void sums_strip(
     Py_ssize_t stride,
     Py_ssize_t n_rows,
     Py_ssize_t n_columns,
-    bint far,                  # IN   whether to fetch ahead
+    bint ahead,                # IN   whether to fetch ahead, and then
+    bint far,                  # IN   whether from far
     const double* pivot,       # IN   (n_columns,)
     double* s1,                # INOUT
     double* s2,                # INOUT
@@ -373,8 +376,8 @@ cdef inline void sums_strip(
         strip2[j] = d * d  # from zeros, 5 % longer in L2
     # Row by row, so that a row is converted just before its use (256x512: column by column took 3 to 22 % longer).
     for r in range(1, n_rows):
-        if far:
-            prefetch_row(x + r * stride, stride, n_columns)
+        if ahead:
+            prefetch_row(x + r * stride, stride, n_columns, far)
         load_row(x + r * stride, n_columns, row)
         for j in range(n_columns):
             d = row[j] - pivot[j]
@@ -424,16 +427,16 @@ cdef inline void sums_group(
         if floating is float and far and stride == LANES:
             for r in range(n_rows, 2 * n_rows):
                 prefetch(x + r * LANES)
-        sums_strip(<const floating*>hidden(x + j), stride, n_rows, STRIP, False, pivot + j, s1 + j, s2 + j)
+        sums_strip(<const floating*>hidden(x + j), stride, n_rows, STRIP, False, False, pivot + j, s1 + j, s2 + j)
         j += STRIP
     if (width - j) & 8:
-        sums_strip(x + j, stride, n_rows, 8, False, pivot + j, s1 + j, s2 + j)
+        sums_strip(x + j, stride, n_rows, 8, False, False, pivot + j, s1 + j, s2 + j)
         j += 8
     if (width - j) & 4:
-        sums_strip(x + j, stride, n_rows, 4, False, pivot + j, s1 + j, s2 + j)
+        sums_strip(x + j, stride, n_rows, 4, False, False, pivot + j, s1 + j, s2 + j)
         j += 4
     while j < width:
-        sums_strip(x + j, stride, n_rows, 1, False, pivot + j, s1 + j, s2 + j)
+        sums_strip(x + j, stride, n_rows, 1, False, False, pivot + j, s1 + j, s2 + j)
         j += 1
 
 
@@ -464,7 +467,8 @@ cdef inline void sums_held(
     while j < width:
         r = 0
         while r < n_rows:
-            sums_strip(x + r * stride + j, stride, min(HELD_ROWS, n_rows - r), HELD, far, pivot + j, s1 + j, s2 + j)
+            sums_strip(x + r * stride + j, stride, min(HELD_ROWS, n_rows - r), HELD, True, far,
+                       pivot + j, s1 + j, s2 + j)
             r += HELD_ROWS
         j += HELD
 
@@ -925,7 +929,7 @@ cdef inline void affine_strips(
         step = -STRIP
     for _strip in range(n_strips):
         if stream or y_ahead:
-            prefetch_strip(x + x_ahead, stream)
+            prefetch_strip(x + x_ahead, False)
         if y_ahead and not stream:
             prefetch_strip_write(y + y_ahead)
         affine_strip(x, STRIP, coefs, relu, stream, y)
@@ -1161,7 +1165,9 @@ cdef void affine_task(
     cdef Py_ssize_t channels = min(band.tile, band.c1 - c0)
     cdef Py_ssize_t width = channels * plan.repeat, step = ROWS * plan.fold
     cdef Py_ssize_t segment = channels * plan.inner if plan.by_inner else width
-    cdef Py_ssize_t x_ahead = lead(stride, segment, stream)
+    # One input from memory is fetched twice as far ahead, as the bare copy does it, but into L1: from further, into L2,
+    # 4096x1024 took 1.08 times as long, 32x64x56x56 1.1, 65536x256 1.04.
+    cdef Py_ssize_t x_ahead = lead(stride, segment, False) * (2 if stream else 1)
     cdef Py_ssize_t y_ahead = 0 if is_near(plan, sizeof(floating)) else lead(y_stride, segment, False)
     cdef Py_ssize_t index, r, c, i, n
     cdef bint stream_rows = stream and (plan.fold == 1 or has_whole_lines(y, y_stride))
@@ -1217,7 +1223,8 @@ cdef inline void grad_sums_strip(
     Py_ssize_t x_stride,
     Py_ssize_t n_rows,
     Py_ssize_t n_columns,
-    bint far,                  # IN   whether to fetch ahead
+    bint ahead,                # IN   whether to fetch ahead, and then
+    bint far,                  # IN   whether from far
     const double* mean,        # IN   (n_columns,)
     const floating* coefs,     # IN   at CENTER, SCALE, OFFSET
     bint relu,
@@ -1237,9 +1244,9 @@ cdef inline void grad_sums_strip(
         strip1[j] = zero
         strip2[j] = zero
     for r in range(n_rows):
-        if far:
-            prefetch_row(dy + r * dy_stride, dy_stride, n_columns)
-            prefetch_row(x + r * x_stride, x_stride, n_columns)
+        if ahead:
+            prefetch_row(dy + r * dy_stride, dy_stride, n_columns, far)
+            prefetch_row(x + r * x_stride, x_stride, n_columns, far)
         if relu:  # in a loop of its own, which vectorises: among the sums, float64 took three times as long
             for j in range(n_columns):
                 gated[j] = gate(dy[r * dy_stride + j], x[r * x_stride + j], coefs + j, True)
@@ -1266,16 +1273,19 @@ cdef inline void grad_sums_group(
         prefetch_rows(dy, dy_stride, n_rows, width, j, dy_ahead, far)
         prefetch_rows(x, x_stride, n_rows, width, j, x_ahead, far)
         grad_sums_strip(<const floating*>hidden(dy + j), dy_stride, <const floating*>hidden(x + j), x_stride,
-                        n_rows, STRIP, False, mean + j, coefs + j, relu, s1 + j, s2 + j)
+                        n_rows, STRIP, False, False, mean + j, coefs + j, relu, s1 + j, s2 + j)
         j += STRIP
     if (width - j) & 8:
-        grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, 8, False, mean + j, coefs + j, relu, s1 + j, s2 + j)
+        grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, 8, False, False,
+                        mean + j, coefs + j, relu, s1 + j, s2 + j)
         j += 8
     if (width - j) & 4:
-        grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, 4, False, mean + j, coefs + j, relu, s1 + j, s2 + j)
+        grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, 4, False, False,
+                        mean + j, coefs + j, relu, s1 + j, s2 + j)
         j += 4
     while j < width:
-        grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, 1, False, mean + j, coefs + j, relu, s1 + j, s2 + j)
+        grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, 1, False, False,
+                        mean + j, coefs + j, relu, s1 + j, s2 + j)
         j += 1
 
 
@@ -1327,7 +1337,7 @@ cdef inline void grad_sums_rows_by(
 
 cdef inline void grad_sums_held_as(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
-    Py_ssize_t n_rows, Py_ssize_t width, bint far, const double* mean, const floating* coefs, bint relu,
+    Py_ssize_t n_rows, Py_ssize_t width, bint ahead, bint far, const double* mean, const floating* coefs, bint relu,
     double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t j = 0, r
@@ -1335,7 +1345,7 @@ cdef inline void grad_sums_held_as(
         r = 0
         while r < n_rows:
             grad_sums_strip(dy + r * dy_stride + j, dy_stride, x + r * x_stride + j, x_stride,
-                            min(HELD_ROWS, n_rows - r), HELD, far, mean + j, coefs + j, relu, s1 + j, s2 + j)
+                            min(HELD_ROWS, n_rows - r), HELD, ahead, far, mean + j, coefs + j, relu, s1 + j, s2 + j)
             r += HELD_ROWS
         j += HELD
 
@@ -1345,14 +1355,19 @@ cdef void grad_sums_held(
     Py_ssize_t n_rows, Py_ssize_t width, bint far, const double* mean, const floating* coefs, bint relu,
     double* s1, double* s2,
 ) noexcept nogil:
+    cdef bint ahead = width == HELD  # longer rows are near (512x256: 1.1 times the time, float64 256x256 1.3 to 1.5)
     if relu and far:
-        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, True, mean, coefs, True, s1, s2)
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, True, True, mean, coefs, True, s1, s2)
+    elif relu and ahead:
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, True, False, mean, coefs, True, s1, s2)
     elif relu:
-        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, mean, coefs, True, s1, s2)
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, False, mean, coefs, True, s1, s2)
     elif far:
-        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, True, mean, coefs, False, s1, s2)
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, True, True, mean, coefs, False, s1, s2)
+    elif ahead:
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, True, False, mean, coefs, False, s1, s2)
     else:
-        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, mean, coefs, False, s1, s2)
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, False, mean, coefs, False, s1, s2)
 
 
 cdef void grad_sums_rows(

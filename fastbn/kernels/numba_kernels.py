@@ -63,7 +63,7 @@ STREAM_BYTES = 20 << 20  # of inputs and output together: from here on the outpu
 COLUMNS_AHEAD = 128    # columns that the sums fetch ahead, or half so many of each of two arrays
 ROWS_AHEAD = 2 * ROWS  # wide rows that they fetch ahead into L2
 AHEAD = 512            # elements that runs and the elementwise passes fetch ahead
-FAR_AHEAD = 2048       # and where the data will not be in a cache, into L2 instead
+FAR_AHEAD = 2048       # and of two inputs, or of runs to sum, that will not be in a cache, into L2 instead
 SERIAL_MERGES = 32768  # below so many partial results one thread merges them: starting the team takes longer
 BUFFER = ROWS * TILE   # elements of a task's buffers
 BOTH = 2 * STRIP
@@ -260,11 +260,12 @@ def prefetch_strip(x, far):
 
 
 @inline
-def prefetch_row(x, stride):
-    """A row of HELD columns further on, into L1 and into L2, the latter from as far as of wide rows."""
+def prefetch_row(x, stride, far):
+    """A row of HELD columns further on, into L1, and of far ones into L2 too, from as far as of wide rows."""
     for j in range(0, HELD, STRIP):
         prefetch_strip(at(x, AHEAD // HELD * stride + j), False)
-        prefetch_strip(at(x, ROWS_AHEAD * TILE // HELD * stride + j), True)
+        if far:
+            prefetch_strip(at(x, ROWS_AHEAD * TILE // HELD * stride + j), True)
 
 
 @inline
@@ -310,7 +311,8 @@ def sums_strip(
     stride,
     n_rows,
     n_columns,  # a literal
-    far,        # IN   whether to fetch ahead
+    ahead,      # IN   whether to fetch ahead, and then
+    far,        # IN   whether from far
     pivot,      # IN   (n_columns,) float64
     s1,         # INOUT
     s2,         # INOUT
@@ -319,8 +321,8 @@ def sums_strip(
     a = d
     b = d * d
     for r in range(1, n_rows):
-        if far:
-            prefetch_row(at(x, r * stride), stride)
+        if ahead:
+            prefetch_row(at(x, r * stride), stride, far)
         d = load_wide(at(x, r * stride), n_columns) - load(pivot, n_columns)
         a = a + d
         b = muladd(d, d, b)
@@ -359,16 +361,16 @@ def sums_group(x, stride, n_rows, width, ahead, far, pivot, s1, s2):
         if far and stride == LANES and size_of(x) == 4:  # of a run of float32, what the next step reads, into L1
             for r in range(n_rows, 2 * n_rows):
                 prefetch(at(x, r * LANES))
-        sums_strip(at(x, j), stride, n_rows, STRIP, False, at(pivot, j), at(s1, j), at(s2, j))
+        sums_strip(at(x, j), stride, n_rows, STRIP, False, False, at(pivot, j), at(s1, j), at(s2, j))
         j += STRIP
     if (width - j) & 8:
-        sums_strip(at(x, j), stride, n_rows, 8, False, at(pivot, j), at(s1, j), at(s2, j))
+        sums_strip(at(x, j), stride, n_rows, 8, False, False, at(pivot, j), at(s1, j), at(s2, j))
         j += 8
     if (width - j) & 4:
-        sums_strip(at(x, j), stride, n_rows, 4, False, at(pivot, j), at(s1, j), at(s2, j))
+        sums_strip(at(x, j), stride, n_rows, 4, False, False, at(pivot, j), at(s1, j), at(s2, j))
         j += 4
     while j < width:
-        sums_strip(at(x, j), stride, n_rows, 1, False, at(pivot, j), at(s1, j), at(s2, j))
+        sums_strip(at(x, j), stride, n_rows, 1, False, False, at(pivot, j), at(s1, j), at(s2, j))
         j += 1
 
 
@@ -385,7 +387,7 @@ def sums_rows_as(x, stride, n_rows, width, ahead, far, pivot, s1, s2):
 def sums_held(x, stride, n_rows, width, far, pivot, s1, s2):
     for j in range(0, width, HELD):
         for r in range(0, n_rows, HELD_ROWS):
-            sums_strip(at(x, r * stride + j), stride, min(HELD_ROWS, n_rows - r), HELD, far,
+            sums_strip(at(x, r * stride + j), stride, min(HELD_ROWS, n_rows - r), HELD, True, far,
                        at(pivot, j), at(s1, j), at(s2, j))
 
 
@@ -781,7 +783,7 @@ def affine_strips(
     for _ in range(n_strips):
         rolled()
         if stream or y_ahead:
-            prefetch_strip(at(x, x_ahead), stream)
+            prefetch_strip(at(x, x_ahead), False)
         if stream:
             affine_strip(x, STRIP, coefs, relu, y, store_past)
         else:
@@ -1002,7 +1004,7 @@ def affine_task(
     width = channels * plan.repeat
     step = ROWS * plan.fold
     segment = channels * plan.inner if plan.by_inner else width
-    x_ahead = lead(stride, segment, stream)
+    x_ahead = lead(stride, segment, False) * (2 if stream else 1)  # into L1 even so: one input needs no more
     y_ahead = 0 if is_near(plan, size_of(x)) else lead(y_stride, segment, False)
     stream_rows = stream and (plan.fold == 1 or has_whole_lines(y, y_stride))
     one_run = not plan.by_inner and stride == width and y_stride == width
@@ -1062,7 +1064,8 @@ def grad_sums_strip(
     x_stride,
     n_rows,
     n_columns,  # a literal
-    far,        # IN   whether to fetch ahead
+    ahead,      # IN   whether to fetch ahead, and then
+    far,        # IN   whether from far
     mean,       # IN   (n_columns,) float64
     coefs,      # IN   at CENTER, SCALE, OFFSET
     relu,
@@ -1073,9 +1076,9 @@ def grad_sums_strip(
     a = g
     b = g * (load_wide(x, n_columns) - load(mean, n_columns))
     for r in range(1, n_rows):
-        if far:
-            prefetch_row(at(dy, r * dy_stride), dy_stride)
-            prefetch_row(at(x, r * x_stride), x_stride)
+        if ahead:
+            prefetch_row(at(dy, r * dy_stride), dy_stride, far)
+            prefetch_row(at(x, r * x_stride), x_stride, far)
         x_row = at(x, r * x_stride)
         g = gate(load_wide(at(dy, r * dy_stride), n_columns), x_row, n_columns, coefs, relu)
         a = a + g
@@ -1090,19 +1093,19 @@ def grad_sums_group(dy, dy_stride, x, x_stride, n_rows, width, dy_ahead, x_ahead
     while j + STRIP <= width:
         prefetch_rows(dy, dy_stride, n_rows, width, j, dy_ahead, far)
         prefetch_rows(x, x_stride, n_rows, width, j, x_ahead, far)
-        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, STRIP, False,
+        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, STRIP, False, False,
                         at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
         j += STRIP
     if (width - j) & 8:
-        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, 8, False,
+        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, 8, False, False,
                         at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
         j += 8
     if (width - j) & 4:
-        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, 4, False,
+        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, 4, False, False,
                         at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
         j += 4
     while j < width:
-        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, 1, False,
+        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, 1, False, False,
                         at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
         j += 1
 
@@ -1122,10 +1125,11 @@ def grad_sums_rows_as(
 
 @inline
 def grad_sums_held(dy, dy_stride, x, x_stride, n_rows, width, far, mean, coefs, relu, s1, s2):
+    ahead = width == HELD  # longer rows are near
     for j in range(0, width, HELD):
         for r in range(0, n_rows, HELD_ROWS):
             grad_sums_strip(at(dy, r * dy_stride + j), dy_stride, at(x, r * x_stride + j), x_stride,
-                            min(HELD_ROWS, n_rows - r), HELD, far,
+                            min(HELD_ROWS, n_rows - r), HELD, ahead, far,
                             at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
 
 
