@@ -4,7 +4,7 @@ import numpy as np
 
 import fastbn
 
-from .common import ARRAYS, BACKENDS, MEANS, Timed, arrays, need, need_backend, normal, ratio, ulps
+from .common import ARRAYS, BACKENDS, MEANS, Timed, need, need_backend, normal, ratio_to_torch, ulps
 
 
 class Backward(Timed):
@@ -72,26 +72,17 @@ class Accuracy:
 
 
 class RatioToTorch:
-    """PyTorch's time over fastbn's, the same thread count, fresh outputs."""
+    """PyTorch's time over fastbn's, the same thread count, both as users call them."""
 
     params = (BACKENDS, ARRAYS[:3])
     param_names = ("backend", "array")
     timeout = 300
 
     def setup(self, backend, array):
-        self.torch = need("torch")
+        need("torch")
         need_backend(backend)
-        self.x, self.grad_y, self.gamma, self.beta = arrays(array)
-        self.torch.set_num_threads(fastbn.get_num_threads())
 
     def track_fresh(self, backend, array):
-        saved = fastbn.batch_norm(self.x, self.gamma, self.beta, backend=backend)[1]
-        x, grad_y, gamma, beta = map(self.torch.from_numpy, (self.x, self.grad_y, self.gamma, self.beta))
-        _, mean, invstd = self.torch.native_batch_norm(x, gamma, beta, None, None, True, 0.1, 1e-5)
-        backward, wanted = self.torch.ops.aten.native_batch_norm_backward, [True, True, True]
-        return ratio(
-            lambda: fastbn.batch_norm_backward(self.grad_y, saved, backend=backend),
-            lambda: backward(grad_y, x, gamma, None, None, mean, invstd, True, 1e-5, wanted),
-        )
+        return ratio_to_torch("backward", backend, array)
 
     track_fresh.unit = "times faster"

@@ -6,7 +6,7 @@ import numpy as np
 
 import fastbn
 
-from .common import ARRAYS, BACKENDS, MEANS, Timed, arrays, need, need_backend, normal, ratio, ulps
+from .common import ARRAYS, BACKENDS, MEANS, Timed, need, need_backend, normal, ratio_to_torch, ulps
 
 LAYOUTS = {  # array, dtype, memory order
     "plain": ("62500x64", "float32", "C"),
@@ -120,18 +120,10 @@ class RatioToTorch:
     timeout = 300
 
     def setup(self, backend, array):
-        self.torch = need("torch")
+        need("torch")
         need_backend(backend)
-        self.x, _, self.gamma, self.beta = arrays(array)
-        self.torch.set_num_threads(fastbn.get_num_threads())
 
     def track_out(self, backend, array):
-        y = np.full_like(self.x, np.nan)
-        x, gamma, beta, *out = map(self.torch.from_numpy, (self.x, self.gamma, self.beta, np.full_like(self.x, np.nan),
-                                                           np.zeros_like(self.gamma), np.zeros_like(self.gamma)))
-        return ratio(
-            lambda: fastbn.batch_norm(self.x, self.gamma, self.beta, out=y, backend=backend),
-            lambda: self.torch.native_batch_norm(x, gamma, beta, None, None, True, 0.1, 1e-5, out=tuple(out)),
-        )
+        return ratio_to_torch("forward-out", backend, array)
 
     track_out.unit = "times faster"

@@ -6,7 +6,10 @@ time of one call.
 """
 
 import functools
+import json
 import statistics
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -77,6 +80,15 @@ class Timed:
         for _ in self.loop:
             result = call()
         return result
+
+
+def ratio_to_torch(op, backend, array):
+    """How many times longer PyTorch takes, as `fastbn bench` measures it: in turns, each in a process of its own."""
+    command = [sys.executable, "-m", "fastbn", "bench", "--ops", op, "--shapes", array,
+               "--backends", backend, "--peers", "torch", "--json"]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    seconds = json.loads(printed)["results"][0]["seconds"]
+    return seconds["torch"] / seconds[f"fastbn-{backend}"]
 
 
 def ratio(ours, peer, rounds=7):
