@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,6 +147,21 @@ def test_tracked_errors_are_small(module, method, most, mean, compiled):
 def test_ratios_to_torch(module, method, compiled):
     benchmark = prepared(module, "RatioToTorch", compiled, "64x16")
     assert 0 < getattr(benchmark, method)(compiled, "64x16") < np.inf
+
+
+@pytest.mark.parametrize(("module", "op"), [("batch_norm_forward", "forward-out"), ("backward", "backward")])
+def test_ratios_to_torch_are_its_time_over_ours(module, op, monkeypatch):
+    asked = []
+
+    def bench(command, **_):
+        asked.append(" ".join(command[1:]))
+        return SimpleNamespace(stdout='{"results": [{"seconds": {"fastbn-numba": 0.5, "roofline": 1, "torch": 2}}]}')
+
+    monkeypatch.setattr(load("common").subprocess, "run", bench)
+    benchmark = load(module).RatioToTorch()
+    track = next(getattr(benchmark, name) for name in dir(benchmark) if name.startswith("track_"))
+    assert track("numba", "64x16") == 4
+    assert asked == [f"-m fastbn bench --ops {op} --shapes 64x16 --backends numba --peers torch --json"]
 
 
 @pytest.mark.parametrize(("name", "method"), [("RatioToNumPy", "track_mean_var"), ("RatioToScikitLearn", "track_fit")])
