@@ -84,8 +84,8 @@ class Timed:
 
 def ratio_to_torch(op, backend, array):
     """How many times longer PyTorch takes, as `fastbn bench` measures it: in turns, each in a process of its own."""
-    command = [sys.executable, "-m", "fastbn", "bench", "--ops", op, "--shapes", array,
-               "--backends", backend, "--peers", "torch", "--json"]
+    command = [sys.executable, "-P", "-m", "fastbn", "bench", "--ops", op, "--shapes", array,
+               "--backends", backend, "--peers", "torch", "--json"]  # -P: not the source folder it may be started in
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     seconds = json.loads(printed)["results"][0]["seconds"]
     return seconds["torch"] / seconds[f"fastbn-{backend}"]

@@ -161,7 +161,7 @@ def test_ratios_to_torch_are_its_time_over_ours(module, op, monkeypatch):
     benchmark = load(module).RatioToTorch()
     track = next(getattr(benchmark, name) for name in dir(benchmark) if name.startswith("track_"))
     assert track("numba", "64x16") == 4
-    assert asked == [f"-m fastbn bench --ops {op} --shapes 64x16 --backends numba --peers torch --json"]
+    assert asked == [f"-P -m fastbn bench --ops {op} --shapes 64x16 --backends numba --peers torch --json"]
 
 
 @pytest.mark.parametrize(("name", "method"), [("RatioToNumPy", "track_mean_var"), ("RatioToScikitLearn", "track_fit")])
