@@ -41,7 +41,7 @@ cdef int launch_moments(
     cdef double* partial = scratch(&plan, 3 * plan.n_chunks)
     cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
     with nogil, parallel(num_threads=team):
-        moments_worker(x, stride, &plan, mean, rest, m2, partial)
+        moments_worker(x, stride, &plan, partial, mean, rest, m2)
     team_give(team)
     free(partial)
     return 0
@@ -90,15 +90,14 @@ cdef int launch_grad_moments(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, Plan plan,
     const double* mean, const floating* coefs, bint relu, double* sum_dy, double* sum_dy_xmu, int num_threads,
 ) except -1:
-    cdef double* memory = scratch(&plan, 2 * plan.n_chunks)
-    cdef double* partial_xmu = memory + plan.n_chunks * plan.channels
+    cdef double* partial = scratch(&plan, 2 * plan.n_chunks)
     cdef int team = team_take(team_wanted(&plan, 2 * sizeof(floating), num_threads))
     with nogil, parallel(num_threads=team):
-        grad_moments_worker(dy, dy_stride, x, x_stride, &plan, mean, coefs, relu, memory, partial_xmu)
+        grad_moments_worker(dy, dy_stride, x, x_stride, &plan, mean, coefs, relu, partial)
     team_give(team)
-    memcpy(sum_dy, memory, plan.channels * sizeof(double))
-    memcpy(sum_dy_xmu, partial_xmu, plan.channels * sizeof(double))
-    free(memory)
+    memcpy(sum_dy, partial, plan.channels * sizeof(double))
+    memcpy(sum_dy_xmu, partial + plan.channels, plan.channels * sizeof(double))
+    free(partial)
     return 0
 
 
@@ -120,16 +119,15 @@ cdef int launch_batch_norm_backward(
     const double* stats, const floating* coefs, bint relu, bint training,
     floating* grads, floating* grad_x, Py_ssize_t grad_x_stride, int num_threads,
 ) except -1:
-    cdef double* sum_dy = scratch(&plan, 2 * plan.n_chunks + 4)
-    cdef double* sum_dy_xmu = sum_dy + plan.n_chunks * plan.channels
-    cdef floating* linear = <floating*>(sum_dy_xmu + plan.n_chunks * plan.channels)
+    cdef double* partial = scratch(&plan, 2 * plan.n_chunks + 4)
+    cdef floating* linear = <floating*>(partial + 2 * plan.n_chunks * plan.channels)
     cdef int team = team_take(team_wanted(&plan, 2 * sizeof(floating), num_threads))
     cdef bint stream = streams(&plan, 3 * sizeof(floating), dy == grad_x)
     with nogil, parallel(num_threads=team):
         batch_norm_backward_worker(dy, dy_stride, x, x_stride, &plan, stats, coefs, relu, training, stream,
-                                   sum_dy, sum_dy_xmu, linear, grads, grad_x, grad_x_stride)
+                                   partial, linear, grads, grad_x, grad_x_stride)
     team_give(team)
-    free(sum_dy)
+    free(partial)
     return 0
 
 

@@ -639,18 +639,18 @@ cdef double chunk_count(const Plan* plan, Py_ssize_t chunk) noexcept nogil:
     return <double>block.row * plan.inner + <double>block.start * min(plan.block_outer, plan.outer - block.row)
 
 
-cdef void merge_chunks(
-    const Plan* plan, double* mean, double* rest, double* m2, const double* partial, Py_ssize_t c0, Py_ssize_t c1,
+cdef void merge_chunk(
+    const Plan* plan, Py_ssize_t left, Py_ssize_t right, Py_ssize_t end,
+    double* partial,           # INOUT (n_chunks, 3, channels): mean, rest, m2
+    Py_ssize_t c0, Py_ssize_t c1,
 ) noexcept nogil:
-    """Chunks 1, 2, ... into chunk 0, in that order, for channels c0 to c1."""
-    cdef Py_ssize_t chunk, row = plan.channels
-    cdef double before, after
-    cdef const double* b
-    for chunk in range(1, plan.n_chunks):
-        before = chunk_count(plan, chunk)
-        after = chunk_count(plan, chunk + 1)
-        b = partial + 3 * chunk * row + c0
-        merge_moments(before, mean + c0, rest + c0, m2 + c0, after - before, b, b + row, b + 2 * row, c1 - c0)
+    """The moments of chunks right to end into those of left to right, for channels c0 to c1."""
+    cdef Py_ssize_t row = plan.channels
+    cdef double* a = partial + 3 * left * row + c0
+    cdef const double* b = partial + 3 * right * row + c0
+    cdef double before = chunk_count(plan, right)
+    merge_moments(before - chunk_count(plan, left), a, a + row, a + 2 * row,
+                  chunk_count(plan, end) - before, b, b + row, b + 2 * row, c1 - c0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1483,12 +1483,20 @@ cdef void grad_moments_task(
             sum_dy_xmu[c] += s2[c]
 
 
-cdef void add_chunks(const Plan* plan, double* sums, Py_ssize_t c0, Py_ssize_t c1) noexcept nogil:
-    """Chunks 1, 2, ... into chunk 0, in that order, for channels c0 to c1."""
-    cdef Py_ssize_t chunk, c
-    for chunk in range(1, plan.n_chunks):
-        for c in range(c0, c1):
-            sums[c] += sums[chunk * plan.channels + c]
+cdef void add_chunk(
+    const Plan* plan, Py_ssize_t left, Py_ssize_t right,
+    double* partial,           # INOUT (n_chunks, 2, channels): sum_dy, sum_dy_xmu
+    Py_ssize_t c0, Py_ssize_t c1,
+) noexcept nogil:
+    """The sums of chunk `right` to those of chunk `left`, for channels c0 to c1."""
+    cdef Py_ssize_t row, c, n = c1 - c0
+    cdef double* a = partial + 2 * left * plan.channels + c0
+    cdef const double* b = partial + 2 * right * plan.channels + c0
+    for row in range(2):
+        for c in range(n):
+            a[c] += b[c]
+        a += plan.channels
+        b += plan.channels
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2011,23 +2019,73 @@ cdef inline void wait_for_others(const Part* part) noexcept nogil:
         team_barrier()
 
 
+# Partial results merge as a binary tree: chunk 1 into 0, 3 into 2, then 2 into 0, and so on. A thread merges at once what
+# it has summed itself; what is of several threads waits for all of them. In the order of the chunks, when all were
+# there, half of them came from another core: 4096x512 took 1.35 times as long, two threads (Zen 5).
+
+cdef inline Py_ssize_t owner(const Plan* plan, const Part* part, Py_ssize_t chunk, Py_ssize_t tile) noexcept nogil:
+    """Which of the part's threads sums this tile of this chunk; see share."""
+    return ((chunk * part.n_tiles + tile + 1) * part.size - 1) // (plan.n_chunks * part.n_tiles)
+
+
+cdef inline void merge_node(
+    const Plan* plan, Py_ssize_t left, Py_ssize_t right, Py_ssize_t end, bint moments, double* partial,
+    Py_ssize_t c0, Py_ssize_t c1,
+) noexcept nogil:
+    if moments:
+        merge_chunk(plan, left, right, end, partial, c0, c1)
+    else:
+        add_chunk(plan, left, right, partial, c0, c1)
+
+
+cdef void merge_own(
+    const Plan* plan, const Part* part, Py_ssize_t chunk, Py_ssize_t tile, bint moments, double* partial,
+) noexcept nogil:
+    """What this chunk, just summed, completes of the tree and this thread has summed alone."""
+    cdef Py_ssize_t left, end, n = 1, c0 = part.c0 + tile * plan.tile, c1 = min(c0 + plan.tile, part.c1)
+    while n < plan.n_chunks:
+        left = chunk // (2 * n) * (2 * n)
+        end = min(left + 2 * n, plan.n_chunks)
+        if chunk + 1 < end or owner(plan, part, left, tile) < part.rank:
+            return
+        if left + n < end:
+            merge_node(plan, left, left + n, end, moments, partial, c0, c1)
+        n *= 2
+
+
+cdef void merge_others(const Plan* plan, const Part* part, bint moments, double* partial) noexcept nogil:
+    """The rest of the tree, for this thread's share of the channels."""
+    cdef Py_ssize_t tile, left, end, n, c0, c1
+    for tile in range(part.n_tiles if part.size > 1 else 0):
+        c0 = part.c0 + tile * plan.tile
+        c1 = min(c0 + plan.tile, channel_share(part, 1))
+        c0 = max(c0, channel_share(part, 0))
+        n = 1
+        while c0 < c1 and n < plan.n_chunks:
+            left = 0
+            while left + n < plan.n_chunks:
+                end = min(left + 2 * n, plan.n_chunks)
+                if owner(plan, part, left, tile) < owner(plan, part, end - 1, tile):
+                    merge_node(plan, left, left + n, end, moments, partial, c0, c1)
+                left += 2 * n
+            n *= 2
+
+
 cdef void moments_part(
     const floating* x, Py_ssize_t stride, const Plan* plan, const Part* part,
-    double* mean, double* rest, double* m2,  # OUT  (channels,) of chunk 0, and in the end of all
-    double* partial,                         # (n_chunks, 3, channels): mean, rest, m2 of the other chunks
+    double* partial,           # OUT  (n_chunks, 3, channels): mean, rest, m2; in the end chunk 0 has those of all
 ) noexcept nogil:
-    cdef Py_ssize_t task, chunk, c0, channels, n_tasks = plan.n_chunks * part.n_tiles
-    cdef double* own
+    cdef Py_ssize_t task, chunk, tile, c0, n_tasks = plan.n_chunks * part.n_tiles
+    cdef double* mean
     for task in range(share(n_tasks, part, 0), share(n_tasks, part, 1)):
-        chunk, c0 = task // part.n_tiles, part.c0 + task % part.n_tiles * plan.tile
-        channels = min(plan.tile, part.c1 - c0)
-        if chunk == 0:
-            moments_task(x, stride, plan, chunk, c0, channels, mean, rest, m2)
-        else:
-            own = partial + 3 * chunk * plan.channels
-            moments_task(x, stride, plan, chunk, c0, channels, own, own + plan.channels, own + 2 * plan.channels)
+        chunk, tile = task // part.n_tiles, task % part.n_tiles
+        c0 = part.c0 + tile * plan.tile
+        mean = partial + 3 * chunk * plan.channels
+        moments_task(x, stride, plan, chunk, c0, min(plan.tile, part.c1 - c0),
+                     mean, mean + plan.channels, mean + 2 * plan.channels)
+        merge_own(plan, part, chunk, tile, True, partial)
     wait_for_others(part)
-    merge_chunks(plan, mean, rest, m2, partial, channel_share(part, 0), channel_share(part, 1))
+    merge_others(plan, part, True, partial)
 
 
 cdef void affine_part(
@@ -2043,16 +2101,20 @@ cdef void affine_part(
 
 cdef void grad_moments_part(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, const Plan* plan,
-    const Part* part, const double* mean, const floating* coefs, bint relu, double* sum_dy, double* sum_dy_xmu,
+    const Part* part, const double* mean, const floating* coefs, bint relu,
+    double* partial,           # OUT  (n_chunks, 2, channels): sum_dy, sum_dy_xmu; in the end chunk 0 has those of all
 ) noexcept nogil:
-    cdef Py_ssize_t task, chunk, c0, n_tasks = plan.n_chunks * part.n_tiles
+    cdef Py_ssize_t task, chunk, tile, c0, n_tasks = plan.n_chunks * part.n_tiles
+    cdef double* sum_dy
     for task in range(share(n_tasks, part, 0), share(n_tasks, part, 1)):
-        chunk, c0 = task // part.n_tiles, part.c0 + task % part.n_tiles * plan.tile
+        chunk, tile = task // part.n_tiles, task % part.n_tiles
+        c0 = part.c0 + tile * plan.tile
+        sum_dy = partial + 2 * chunk * plan.channels
         grad_moments_task(dy, dy_stride, x, x_stride, plan, chunk, c0, min(plan.tile, part.c1 - c0), mean, coefs, relu,
-                          sum_dy + chunk * plan.channels, sum_dy_xmu + chunk * plan.channels)
+                          sum_dy, sum_dy + plan.channels)
+        merge_own(plan, part, chunk, tile, False, partial)
     wait_for_others(part)
-    add_chunks(plan, sum_dy, channel_share(part, 0), channel_share(part, 1))
-    add_chunks(plan, sum_dy_xmu, channel_share(part, 0), channel_share(part, 1))
+    merge_others(plan, part, False, partial)
 
 
 cdef void grad_affine_part(
@@ -2068,15 +2130,21 @@ cdef void grad_affine_part(
 
 
 cdef void moments_worker(
-    const floating* x, Py_ssize_t stride, const Plan* plan, double* mean, double* rest, double* m2, double* partial,
+    const floating* x, Py_ssize_t stride, const Plan* plan, double* partial, double* mean, double* rest, double* m2,
 ) noexcept nogil:
-    cdef Py_ssize_t index, c0
+    cdef Py_ssize_t index, c0, n
     cdef Part part
+    cdef double* row
     for index in range(n_parts(plan)):
         part = part_at(plan, index, True)
-        moments_part(x, stride, plan, &part, mean, rest, m2, partial)
+        moments_part(x, stride, plan, &part, partial)
         c0 = channel_share(&part, 0)
-        settle(mean + c0, rest + c0, channel_share(&part, 1) - c0)
+        n = channel_share(&part, 1) - c0
+        row = partial + c0
+        settle(row, row + plan.channels, n)
+        memcpy(mean + c0, row, n * sizeof(double))
+        memcpy(rest + c0, row + plan.channels, n * sizeof(double))
+        memcpy(m2 + c0, row + 2 * plan.channels, n * sizeof(double))
 
 
 cdef void affine_worker(
@@ -2099,14 +2167,14 @@ cdef void batch_norm_worker(
 ) noexcept nogil:
     cdef Py_ssize_t index
     cdef Part part
-    cdef double* mean = partial
-    cdef double* rest = mean + plan.channels
-    cdef double* m2 = rest + plan.channels
+    cdef const double* mean = partial
+    cdef const double* rest = mean + plan.channels
+    cdef const double* m2 = rest + plan.channels
     for index in range(n_parts(plan)):
         part = part_at(plan, index, True)
         claim_rows(coefs, 3, plan, &part)
         claim_edges(x, y, y_stride, plan, &part, index)
-        moments_part(x, stride, plan, &part, mean, rest, m2, partial)
+        moments_part(x, stride, plan, &part, partial)
         normalize_channels(plan, channel_share(&part, 0), channel_share(&part, 1), mean, rest, m2,
                            <double>plan.outer * plan.inner, gamma, beta, eps, stats, coefs)
         part = part_at(plan, index, False)
@@ -2135,13 +2203,13 @@ cdef void inference_worker(
 
 cdef void grad_moments_worker(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, const Plan* plan,
-    const double* mean, const floating* coefs, bint relu, double* sum_dy, double* sum_dy_xmu,
+    const double* mean, const floating* coefs, bint relu, double* partial,
 ) noexcept nogil:
     cdef Py_ssize_t index
     cdef Part part
     for index in range(n_parts(plan)):
         part = part_at(plan, index, True)
-        grad_moments_part(dy, dy_stride, x, x_stride, plan, &part, mean, coefs, relu, sum_dy, sum_dy_xmu)
+        grad_moments_part(dy, dy_stride, x, x_stride, plan, &part, mean, coefs, relu, partial)
 
 
 cdef void grad_affine_worker(
@@ -2162,16 +2230,15 @@ cdef void grad_affine_worker(
 cdef void batch_norm_backward_worker(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, const Plan* plan,
     const double* stats, const floating* coefs, bint relu, bint training, bint stream,
-    double* sum_dy, double* sum_dy_xmu, floating* linear, floating* grads,
-    floating* grad_x, Py_ssize_t grad_x_stride,
+    double* partial, floating* linear, floating* grads, floating* grad_x, Py_ssize_t grad_x_stride,
 ) noexcept nogil:
     cdef Py_ssize_t index
     cdef Part part
     for index in range(n_parts(plan)):
         part = part_at(plan, index, True)
-        grad_moments_part(dy, dy_stride, x, x_stride, plan, &part, stats, coefs, relu, sum_dy, sum_dy_xmu)
+        grad_moments_part(dy, dy_stride, x, x_stride, plan, &part, stats, coefs, relu, partial)
         gradient_channels(plan, channel_share(&part, 0), channel_share(&part, 1),
-                          sum_dy, sum_dy_xmu, stats, coefs, training, linear, grads)
+                          partial, partial + plan.channels, stats, coefs, training, linear, grads)
         part = part_at(plan, index, False)
         wait_for_others(&part)
         grad_affine_part(dy, dy_stride, x, x_stride, plan, &part, coefs, linear, relu, training, stream,

@@ -147,8 +147,9 @@ def moments_stage(worker, x, plan, partial):
 
 
 @splice
-def merge_stage(worker, plan, partial):
-    return worker, stored((plan, data(partial))), int(plan.n_chunks * plan.channels >= SERIAL_MERGES)
+def merge_stage(worker, plan, n_workers, partial):
+    n_summing = 1 if has_own_tiles(plan, n_workers) else n_workers
+    return worker, stored((plan, n_summing, data(partial))), int(n_summing * plan.channels >= SERIAL_MERGES)
 
 
 @splice
@@ -165,24 +166,16 @@ def affine_stage(worker, x, plan, coefs, relu, out):
 
 
 @splice
-def grad_moments_stage(worker, dy, x, plan, mean, coefs, relu, chunks):
+def grad_moments_stage(worker, dy, x, plan, mean, coefs, relu, partial):
     return worker, stored((
-        data(dy), stride_of(dy), data(x), stride_of(x), plan, data(mean), data(coefs), relu,
-        data(chunks), at(data(chunks), plan.n_chunks * plan.channels))), 1
+        data(dy), stride_of(dy), data(x), stride_of(x), plan, data(mean), data(coefs), relu, data(partial))), 1
 
 
 @splice
-def add_stage(worker, plan, chunks):
+def gradient_stage(worker, plan, partial, stats, coefs, training, linear, grads):
     return worker, stored((
-        plan, data(chunks), at(data(chunks), plan.n_chunks * plan.channels),
-    )), int(plan.n_chunks * plan.channels >= SERIAL_MERGES)
-
-
-@splice
-def gradient_stage(worker, plan, chunks, stats, coefs, training, linear, grads):
-    return worker, stored((
-        plan, data(chunks), at(data(chunks), plan.n_chunks * plan.channels), data(stats), data(coefs), training,
-        data(linear), data(grads))), int(plan.channels >= SERIAL_MERGES)
+        plan, data(partial), data(stats), data(coefs), training, data(linear), data(grads),
+    )), int(plan.channels >= SERIAL_MERGES)
 
 
 @splice
@@ -194,10 +187,11 @@ def grad_affine_stage(worker, dy, x, plan, coefs, linear, relu, training, out):
 
 def run_moments(moments, merge, x, mean, rest, m2, num_threads):
     plan = plan_of(x, 1)
+    n_workers = team_wanted(plan, x.itemsize, num_threads)
     partial = np.empty((plan.n_chunks, 3, plan.channels))  # mean, rest, m2; the result ends up in chunk 0
-    run(plan, team_wanted(plan, x.itemsize, num_threads), (
+    run(plan, n_workers, (
         moments_stage(moments, x, plan, partial),
-        merge_stage(merge, plan, partial)))
+        merge_stage(merge, plan, n_workers, partial)))
     for c in range(plan.channels):
         data(mean)[c] = partial[0, 0, c]
         data(rest)[c] = partial[0, 1, c]
@@ -219,11 +213,12 @@ def run_batch_norm(
     if partly(out, x) or overlap(out, gamma) or overlap(out, beta):
         return False
     plan = plan_of(x, 1)
+    n_workers = team_wanted(plan, x.itemsize, num_threads)
     partial = np.empty((plan.n_chunks, 3, plan.channels))
     mean, rest, m2 = data(partial), at(data(partial), plan.channels), at(data(partial), 2 * plan.channels)
-    run(plan, team_wanted(plan, x.itemsize, num_threads), (
+    run(plan, n_workers, (
         moments_stage(moments, x, plan, partial),
-        merge_stage(merge, plan, partial),
+        merge_stage(merge, plan, n_workers, partial),
         normalize_stage(normalize, plan, mean, rest, True, m2, float(plan.outer * plan.inner), gamma, beta, eps,
                         stats, coefs),
         affine_stage(affine, x, plan, coefs, relu, out)))
@@ -246,14 +241,15 @@ def run_inference(normalize, affine, x, mean, var, gamma, beta, eps, relu, out, 
 
 def run_grad_moments(grad_moments, add, dy, x, mean, coefs, relu, sum_dy, sum_dy_xmu, num_threads):
     plan = plan_of(x, 2)
-    chunks = np.empty((2, plan.n_chunks, plan.channels))
-    run(plan, team_wanted(plan, 2 * x.itemsize, num_threads), (
-        grad_moments_stage(grad_moments, dy, x, plan, mean, coefs, relu, chunks),
-        add_stage(add, plan, chunks)))
+    n_workers = team_wanted(plan, 2 * x.itemsize, num_threads)
+    partial = np.empty((plan.n_chunks, 2, plan.channels))  # sum_dy, sum_dy_xmu; likewise
+    run(plan, n_workers, (
+        grad_moments_stage(grad_moments, dy, x, plan, mean, coefs, relu, partial),
+        merge_stage(add, plan, n_workers, partial)))
     for c in range(plan.channels):
-        data(sum_dy)[c] = chunks[0, 0, c]
-        data(sum_dy_xmu)[c] = chunks[1, 0, c]
-    return chunks.size
+        data(sum_dy)[c] = partial[0, 0, c]
+        data(sum_dy_xmu)[c] = partial[0, 1, c]
+    return partial.size
 
 
 def run_grad_affine(grad_affine, dy, x, coefs, linear, relu, out, num_threads):
@@ -268,14 +264,15 @@ def run_batch_norm_backward(
     if partly(out, dy) or overlap(out, x):
         return False
     plan = plan_of(x, 2)
-    chunks = np.empty((2, plan.n_chunks, plan.channels))
+    n_workers = team_wanted(plan, 2 * x.itemsize, num_threads)
+    partial = np.empty((plan.n_chunks, 2, plan.channels))
     linear = np.empty((4, plan.channels), x.dtype)
-    run(plan, team_wanted(plan, 2 * x.itemsize, num_threads), (
-        grad_moments_stage(grad_moments, dy, x, plan, stats, coefs, relu, chunks),
-        add_stage(add, plan, chunks),
-        gradient_stage(gradient, plan, chunks, stats, coefs, training, linear, grads),
+    run(plan, n_workers, (
+        grad_moments_stage(grad_moments, dy, x, plan, stats, coefs, relu, partial),
+        merge_stage(add, plan, n_workers, partial),
+        gradient_stage(gradient, plan, partial, stats, coefs, training, linear, grads),
         grad_affine_stage(grad_affine, dy, x, plan, coefs, data(linear), relu, training, out)))
-    return chunks.size + linear.size
+    return partial.size + linear.size
 
 
 WORKERS = {

@@ -64,7 +64,7 @@ COLUMNS_AHEAD = 128    # columns that the sums fetch ahead, or half so many of e
 ROWS_AHEAD = 2 * ROWS  # wide rows that they fetch ahead into L2
 AHEAD = 512            # elements that runs and the elementwise passes fetch ahead
 FAR_AHEAD = 2048       # and of two inputs, or of runs to sum, that will not be in a cache, into L2 instead
-SERIAL_MERGES = 32768  # below so many partial results one thread merges them: starting the team takes longer
+SERIAL_MERGES = 32768  # below so many partial results one thread does what is left: starting the team takes longer
 BUFFER = ROWS * TILE   # elements of a task's buffers
 BOTH = 2 * STRIP
 SUMS_PITCH = TILE + 128  # from one of a tile's sums to the next: 4 KiB apart, stores would hold up loads
@@ -543,15 +543,18 @@ def chunk_count(plan, chunk):
 
 
 @helper
-def merge_chunks(plan, mean, rest, m2, partial, c0, c1):
-    """Chunks 1, 2, ... into chunk 0, in that order, for channels c0 to c1."""
+def merge_chunk(
+    plan, left, right, end,
+    partial,    # INOUT (n_chunks, 3, channels): mean, rest, m2
+    c0, c1,
+):
+    """The moments of chunks right to end into those of left to right, for channels c0 to c1."""
     row = plan.channels
-    for chunk in range(1, plan.n_chunks):
-        before = chunk_count(plan, chunk)
-        after = chunk_count(plan, chunk + 1)
-        b = at(partial, 3 * chunk * row + c0)
-        merge_moments(before, at(mean, c0), at(rest, c0), at(m2, c0), after - before,
-                      b, at(b, row), at(b, 2 * row), c1 - c0)
+    a = at(partial, 3 * left * row + c0)
+    b = at(partial, 3 * right * row + c0)
+    before = chunk_count(plan, right)
+    merge_moments(before - chunk_count(plan, left), a, at(a, row), at(a, 2 * row),
+                  chunk_count(plan, end) - before, b, at(b, row), at(b, 2 * row), c1 - c0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1256,11 +1259,17 @@ def grad_moments_task(
 
 
 @helper
-def add_chunks(plan, sums, c0, c1):
-    """Chunks 1, 2, ... into chunk 0, in that order, for channels c0 to c1."""
-    for chunk in range(1, plan.n_chunks):
+def add_chunk(
+    plan, left, right,
+    partial,    # INOUT (n_chunks, 2, channels): sum_dy, sum_dy_xmu
+    c0, c1,
+):
+    """The sums of chunk `right` to those of chunk `left`, for channels c0 to c1."""
+    for row in range(2):
+        a = at(partial, (2 * left + row) * plan.channels)
+        b = at(partial, (2 * right + row) * plan.channels)
         for c in range(c0, c1):
-            sums[c] += sums[chunk * plan.channels + c]
+            a[c] += b[c]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1678,24 +1687,75 @@ def band_of(plan, part):
     return Band(c0, c1, tile, n_tiles, row // rows * n_tiles, ceil_div(end, rows) * n_tiles, row, end)
 
 
+# Partial results merge as a binary tree: chunk 1 into 0, 3 into 2, then 2 into 0, and so on. A thread merges at once
+# what it has summed itself; what is of several threads waits for all of them, in a stage of its own.
+
+@helper
+def owner(plan, part, chunk, tile):
+    """Which of the part's threads sums this one of its tiles of this chunk; see share."""
+    return ((chunk * part.n_tiles + tile + 1) * part.size - 1) // (plan.n_chunks * part.n_tiles)
+
+
+@inline
+def merge_node(plan, left, right, end, moments, partial, c0, c1):
+    if moments:
+        merge_chunk(plan, left, right, end, partial, c0, c1)
+    else:
+        add_chunk(plan, left, right, partial, c0, c1)
+
+
+@helper
+def merge_own(plan, part, chunk, tile, moments, partial):
+    """What this chunk, just summed, completes of the tree and this thread has summed alone."""
+    c0 = (part.tile + tile) * plan.tile
+    c1 = min(c0 + plan.tile, plan.channels)
+    n = 1
+    while n < plan.n_chunks:
+        left = chunk // (2 * n) * (2 * n)
+        end = min(left + 2 * n, plan.n_chunks)
+        if chunk + 1 < end or owner(plan, part, left, tile) < part.rank:
+            return
+        if left + n < end:
+            merge_node(plan, left, left + n, end, moments, partial, c0, c1)
+        n *= 2
+
+
+@helper
+def merge_others(
+    plan, part,
+    sums,       # IN   the part as the threads that summed divided it
+    moments, partial,
+):
+    """The rest of the tree, for this thread's share of the channels."""
+    for tile in range(part.n_tiles if sums.size > 1 else 0):
+        c0 = max((part.tile + tile) * plan.tile, channel_share(plan, part, 0))
+        c1 = min((part.tile + tile + 1) * plan.tile, channel_share(plan, part, 1))
+        n = 1
+        while c0 < c1 and n < plan.n_chunks:
+            for left in range(0, plan.n_chunks - n, 2 * n):
+                end = min(left + 2 * n, plan.n_chunks)
+                if owner(plan, sums, left, tile) < owner(plan, sums, end - 1, tile):
+                    merge_node(plan, left, left + n, end, moments, partial, c0, c1)
+            n *= 2
+
+
 def moments_worker(part, job):
     part = loaded(part)
     x, stride, plan, partial = loaded(job)
     n_tasks = plan.n_chunks * part.n_tiles
     for task in range(share(n_tasks, part, 0), share(n_tasks, part, 1)):
-        chunk = task // part.n_tiles
+        chunk, tile = task // part.n_tiles, task % part.n_tiles
         row = at(partial, 3 * chunk * plan.channels)
-        moments_task(x, stride, plan, chunk, part.tile + task % part.n_tiles,
-                     row, at(row, plan.channels), at(row, 2 * plan.channels))
+        moments_task(x, stride, plan, chunk, part.tile + tile, row, at(row, plan.channels), at(row, 2 * plan.channels))
+        merge_own(plan, part, chunk, tile, True, partial)
 
 
 def merge_worker(part, job):
     part = loaded(part)
-    plan, partial = loaded(job)
-    c0, c1 = channel_share(plan, part, 0), channel_share(plan, part, 1)
-    mean, rest, m2 = partial, at(partial, plan.channels), at(partial, 2 * plan.channels)
-    merge_chunks(plan, mean, rest, m2, partial, c0, c1)
-    settle(at(mean, c0), at(rest, c0), c1 - c0)
+    plan, n_summing, partial = loaded(job)
+    merge_others(plan, part, Part(part.tile, part.n_tiles, 0, n_summing), True, partial)
+    c0 = channel_share(plan, part, 0)
+    settle(at(partial, c0), at(partial, plan.channels + c0), channel_share(plan, part, 1) - c0)
 
 
 def normalize_worker(part, job):
@@ -1718,26 +1778,27 @@ def affine_worker(part, job):
 
 def grad_moments_worker(part, job):
     part = loaded(part)
-    dy, dy_stride, x, x_stride, plan, mean, coefs, relu, sum_dy, sum_dy_xmu = loaded(job)
+    dy, dy_stride, x, x_stride, plan, mean, coefs, relu, partial = loaded(job)
     n_tasks = plan.n_chunks * part.n_tiles
     for task in range(share(n_tasks, part, 0), share(n_tasks, part, 1)):
-        chunk = task // part.n_tiles
-        grad_moments_task(dy, dy_stride, x, x_stride, plan, chunk, part.tile + task % part.n_tiles, mean, coefs, relu,
-                          at(sum_dy, chunk * plan.channels), at(sum_dy_xmu, chunk * plan.channels))
+        chunk, tile = task // part.n_tiles, task % part.n_tiles
+        row = at(partial, 2 * chunk * plan.channels)
+        grad_moments_task(dy, dy_stride, x, x_stride, plan, chunk, part.tile + tile, mean, coefs, relu,
+                          row, at(row, plan.channels))
+        merge_own(plan, part, chunk, tile, False, partial)
 
 
 def add_worker(part, job):
     part = loaded(part)
-    plan, sum_dy, sum_dy_xmu = loaded(job)
-    add_chunks(plan, sum_dy, channel_share(plan, part, 0), channel_share(plan, part, 1))
-    add_chunks(plan, sum_dy_xmu, channel_share(plan, part, 0), channel_share(plan, part, 1))
+    plan, n_summing, partial = loaded(job)
+    merge_others(plan, part, Part(part.tile, part.n_tiles, 0, n_summing), False, partial)
 
 
 def gradient_worker(part, job):
     part = loaded(part)
-    plan, sum_dy, sum_dy_xmu, stats, coefs, training, linear, grads = loaded(job)
+    plan, partial, stats, coefs, training, linear, grads = loaded(job)
     gradient_channels(plan, channel_share(plan, part, 0), channel_share(plan, part, 1),
-                      sum_dy, sum_dy_xmu, stats, coefs, training, linear, grads)
+                      partial, at(partial, plan.channels), stats, coefs, training, linear, grads)
 
 
 def grad_affine_worker(part, job):
@@ -1754,11 +1815,11 @@ def grad_affine_worker(part, job):
 # What a job is, b: bool, i: integer, f: float64, p: plan, x: pointer to the data's type, d: pointer to float64.
 JOBS = {
     moments_worker: "xipd",
-    merge_worker: "pd",
+    merge_worker: "pid",
     normalize_worker: "pddbdfxbxbfdx",
     affine_worker: "xipxbbxi",
-    grad_moments_worker: "xixipdxbdd",
-    add_worker: "pdd",
-    gradient_worker: "pdddxbxx",
+    grad_moments_worker: "xixipdxbd",
+    add_worker: "pid",
+    gradient_worker: "pddxbxx",
     grad_affine_worker: "xixipxxbbbxi",
 }
