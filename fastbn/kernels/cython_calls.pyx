@@ -40,8 +40,10 @@ cdef int launch_moments(
 ) except -1:
     cdef double* partial = scratch(&plan, 3 * plan.n_chunks)
     cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
+    cdef Moments total
+    total.mean, total.rest, total.m2 = mean, rest, m2
     with nogil, parallel(num_threads=team):
-        moments_worker(x, stride, &plan, partial, mean, rest, m2)
+        moments_worker(x, stride, &plan, &total, partial)
     team_give(team)
     free(partial)
     return 0

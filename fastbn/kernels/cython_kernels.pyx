@@ -17,6 +17,7 @@ cdef extern from "machine.h" nogil:
     int team_size()
     void team_barrier()
     uintptr_t alias_bytes()
+    int loads_two()
     void prefetch(const void* address)
     void prefetch_far(const void* address)
     void prefetch_write(const void* address)
@@ -65,7 +66,8 @@ cdef enum:
     NARROW = 32           # rows apart of fewer columns are first copied together (20 columns: 20 % less time)
     NEAR_BYTES = 1 << 20  # smaller arrays stay in the second caches: what the elementwise passes fetched ahead there,
     # not least lines that the next thread writes, took them 5 to 30 % longer (4x128x14x14, 32x4096)
-    FAR_BYTES = 1 << 24   # inputs from here on are fetched from further ahead: they will not be in a cache
+    FAR_BYTES = 20 << 20  # inputs from here on are fetched from further ahead: they will not be in a cache (from 16 MiB
+    # on, Zen 5 with 32 MiB of L3: moments of 4096x1024 1.15 times the time, sums of the backward of 4096x512 1.5)
     STREAM_BYTES = 20 << 20  # of inputs and output together: from here on the output bypasses the caches. On Zen 4,
     # 32 MiB of L3: 64x64x28x28 forward and backward 0.6 of the time, 4096x512 backward 0.7; 2000x1000 forward 1.1.
     LINE = 64             # bytes of a cache line; a strip is one, or two of float64
@@ -639,18 +641,34 @@ cdef double chunk_count(const Plan* plan, Py_ssize_t chunk) noexcept nogil:
     return <double>block.row * plan.inner + <double>block.start * min(plan.block_outer, plan.outer - block.row)
 
 
+cdef struct Moments:       # (channels,) each
+    double* mean
+    double* rest
+    double* m2
+
+
+cdef inline Moments moments_of(
+    const Plan* plan, Py_ssize_t chunk, const Moments* first, double* partial,
+) noexcept nogil:
+    """Those of a chunk: `first` of chunk 0, which has in the end those of all, of the others in partial."""
+    cdef Moments own
+    if chunk == 0:
+        return first[0]
+    own.mean = partial + 3 * chunk * plan.channels
+    own.rest = own.mean + plan.channels
+    own.m2 = own.rest + plan.channels
+    return own
+
+
 cdef void merge_chunk(
-    const Plan* plan, Py_ssize_t left, Py_ssize_t right, Py_ssize_t end,
-    double* partial,           # INOUT (n_chunks, 3, channels): mean, rest, m2
+    const Plan* plan, Py_ssize_t left, Py_ssize_t right, Py_ssize_t end, const Moments* first, double* partial,
     Py_ssize_t c0, Py_ssize_t c1,
 ) noexcept nogil:
     """The moments of chunks right to end into those of left to right, for channels c0 to c1."""
-    cdef Py_ssize_t row = plan.channels
-    cdef double* a = partial + 3 * left * row + c0
-    cdef const double* b = partial + 3 * right * row + c0
+    cdef Moments a = moments_of(plan, left, first, partial), b = moments_of(plan, right, first, partial)
     cdef double before = chunk_count(plan, right)
-    merge_moments(before - chunk_count(plan, left), a, a + row, a + 2 * row,
-                  chunk_count(plan, end) - before, b, b + row, b + 2 * row, c1 - c0)
+    merge_moments(before - chunk_count(plan, left), a.mean + c0, a.rest + c0, a.m2 + c0,
+                  chunk_count(plan, end) - before, b.mean + c0, b.rest + c0, b.m2 + c0, c1 - c0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -825,10 +843,11 @@ cdef inline Py_ssize_t count_pairs(
     const floating* y, Py_ssize_t length, Py_ssize_t width, bint stream,
 ) noexcept nogil:
     """How many pairs of rows there are behind a run's first line, if its rows are taken two at a time: with the
-    coefficients loaded half as often, affine took 0.83 of the time in L2 and 0.89 in L3, grad_affine 0.88 and 0.95.
-    Not where a strip of coefficients is several vectors: GCC keeps them on the stack (AVX2: 2 to 4 times the time). Nor
-    of wider rows than 512 columns: 512x768 took 0.97 to 1.17 of the time, 256x1024 1.1 to 1.25."""
-    if stream or width > TILE or width % STRIP or STRIP * <Py_ssize_t>sizeof(floating) > VECTOR_BYTES:
+    coefficients loaded half as often, affine took 0.83 of the time in L2 and 0.89 in L3, grad_affine 0.88 and 0.95. On
+    Zen 5, which loads twice as much a cycle, 1.18 and 1.06, 1.11 and 1.06. Not where a strip of coefficients is several
+    vectors: GCC keeps them on the stack (AVX2: 2 to 4 times the time). Nor of wider rows than 512 columns: 512x768 took
+    0.97 to 1.17 of the time, 256x1024 1.1 to 1.25."""
+    if stream or width > TILE or width % STRIP or STRIP * <Py_ssize_t>sizeof(floating) > VECTOR_BYTES or loads_two():
         return 0
     return max(0, length - before_line(y)) // (2 * width)
 
@@ -1489,10 +1508,10 @@ cdef void add_chunk(
     Py_ssize_t c0, Py_ssize_t c1,
 ) noexcept nogil:
     """The sums of chunk `right` to those of chunk `left`, for channels c0 to c1."""
-    cdef Py_ssize_t row, c, n = c1 - c0
+    cdef Py_ssize_t _row, c, n = c1 - c0
     cdef double* a = partial + 2 * left * plan.channels + c0
     cdef const double* b = partial + 2 * right * plan.channels + c0
-    for row in range(2):
+    for _row in range(2):
         for c in range(n):
             a[c] += b[c]
         a += plan.channels
@@ -2019,9 +2038,9 @@ cdef inline void wait_for_others(const Part* part) noexcept nogil:
         team_barrier()
 
 
-# Partial results merge as a binary tree: chunk 1 into 0, 3 into 2, then 2 into 0, and so on. A thread merges at once what
-# it has summed itself; what is of several threads waits for all of them. In the order of the chunks, when all were
-# there, half of them came from another core: 4096x512 took 1.35 times as long, two threads (Zen 5).
+# Partial results merge as a binary tree: chunk 1 into 0, 3 into 2, then 2 into 0, and so on. A thread merges at once
+# what it has summed itself; what is of several threads waits for all of them. When all merged in the order of the
+# chunks, half of them came from the other core: moments of 8192x512 took 1.3 times as long, forward of 4096x256 1.16.
 
 cdef inline Py_ssize_t owner(const Plan* plan, const Part* part, Py_ssize_t chunk, Py_ssize_t tile) noexcept nogil:
     """Which of the part's threads sums this tile of this chunk; see share."""
@@ -2029,17 +2048,18 @@ cdef inline Py_ssize_t owner(const Plan* plan, const Part* part, Py_ssize_t chun
 
 
 cdef inline void merge_node(
-    const Plan* plan, Py_ssize_t left, Py_ssize_t right, Py_ssize_t end, bint moments, double* partial,
-    Py_ssize_t c0, Py_ssize_t c1,
+    const Plan* plan, Py_ssize_t left, Py_ssize_t right, Py_ssize_t end,
+    const Moments* first,      # INOUT those of chunk 0; NULL: partial holds the sums of the backward
+    double* partial, Py_ssize_t c0, Py_ssize_t c1,
 ) noexcept nogil:
-    if moments:
-        merge_chunk(plan, left, right, end, partial, c0, c1)
+    if first != NULL:
+        merge_chunk(plan, left, right, end, first, partial, c0, c1)
     else:
         add_chunk(plan, left, right, partial, c0, c1)
 
 
 cdef void merge_own(
-    const Plan* plan, const Part* part, Py_ssize_t chunk, Py_ssize_t tile, bint moments, double* partial,
+    const Plan* plan, const Part* part, Py_ssize_t chunk, Py_ssize_t tile, const Moments* first, double* partial,
 ) noexcept nogil:
     """What this chunk, just summed, completes of the tree and this thread has summed alone."""
     cdef Py_ssize_t left, end, n = 1, c0 = part.c0 + tile * plan.tile, c1 = min(c0 + plan.tile, part.c1)
@@ -2049,11 +2069,11 @@ cdef void merge_own(
         if chunk + 1 < end or owner(plan, part, left, tile) < part.rank:
             return
         if left + n < end:
-            merge_node(plan, left, left + n, end, moments, partial, c0, c1)
+            merge_node(plan, left, left + n, end, first, partial, c0, c1)
         n *= 2
 
 
-cdef void merge_others(const Plan* plan, const Part* part, bint moments, double* partial) noexcept nogil:
+cdef void merge_others(const Plan* plan, const Part* part, const Moments* first, double* partial) noexcept nogil:
     """The rest of the tree, for this thread's share of the channels."""
     cdef Py_ssize_t tile, left, end, n, c0, c1
     for tile in range(part.n_tiles if part.size > 1 else 0):
@@ -2066,26 +2086,26 @@ cdef void merge_others(const Plan* plan, const Part* part, bint moments, double*
             while left + n < plan.n_chunks:
                 end = min(left + 2 * n, plan.n_chunks)
                 if owner(plan, part, left, tile) < owner(plan, part, end - 1, tile):
-                    merge_node(plan, left, left + n, end, moments, partial, c0, c1)
+                    merge_node(plan, left, left + n, end, first, partial, c0, c1)
                 left += 2 * n
             n *= 2
 
 
 cdef void moments_part(
     const floating* x, Py_ssize_t stride, const Plan* plan, const Part* part,
-    double* partial,           # OUT  (n_chunks, 3, channels): mean, rest, m2; in the end chunk 0 has those of all
+    const Moments* first,      # OUT  of chunk 0, and in the end of all
+    double* partial,           # (n_chunks, 3, channels): of the other chunks
 ) noexcept nogil:
     cdef Py_ssize_t task, chunk, tile, c0, n_tasks = plan.n_chunks * part.n_tiles
-    cdef double* mean
+    cdef Moments own
     for task in range(share(n_tasks, part, 0), share(n_tasks, part, 1)):
         chunk, tile = task // part.n_tiles, task % part.n_tiles
         c0 = part.c0 + tile * plan.tile
-        mean = partial + 3 * chunk * plan.channels
-        moments_task(x, stride, plan, chunk, c0, min(plan.tile, part.c1 - c0),
-                     mean, mean + plan.channels, mean + 2 * plan.channels)
-        merge_own(plan, part, chunk, tile, True, partial)
+        own = moments_of(plan, chunk, first, partial)
+        moments_task(x, stride, plan, chunk, c0, min(plan.tile, part.c1 - c0), own.mean, own.rest, own.m2)
+        merge_own(plan, part, chunk, tile, first, partial)
     wait_for_others(part)
-    merge_others(plan, part, True, partial)
+    merge_others(plan, part, first, partial)
 
 
 cdef void affine_part(
@@ -2112,9 +2132,9 @@ cdef void grad_moments_part(
         sum_dy = partial + 2 * chunk * plan.channels
         grad_moments_task(dy, dy_stride, x, x_stride, plan, chunk, c0, min(plan.tile, part.c1 - c0), mean, coefs, relu,
                           sum_dy, sum_dy + plan.channels)
-        merge_own(plan, part, chunk, tile, False, partial)
+        merge_own(plan, part, chunk, tile, NULL, partial)
     wait_for_others(part)
-    merge_others(plan, part, False, partial)
+    merge_others(plan, part, NULL, partial)
 
 
 cdef void grad_affine_part(
@@ -2130,21 +2150,15 @@ cdef void grad_affine_part(
 
 
 cdef void moments_worker(
-    const floating* x, Py_ssize_t stride, const Plan* plan, double* partial, double* mean, double* rest, double* m2,
+    const floating* x, Py_ssize_t stride, const Plan* plan, const Moments* total, double* partial,
 ) noexcept nogil:
-    cdef Py_ssize_t index, c0, n
+    cdef Py_ssize_t index, c0
     cdef Part part
-    cdef double* row
     for index in range(n_parts(plan)):
         part = part_at(plan, index, True)
-        moments_part(x, stride, plan, &part, partial)
+        moments_part(x, stride, plan, &part, total, partial)
         c0 = channel_share(&part, 0)
-        n = channel_share(&part, 1) - c0
-        row = partial + c0
-        settle(row, row + plan.channels, n)
-        memcpy(mean + c0, row, n * sizeof(double))
-        memcpy(rest + c0, row + plan.channels, n * sizeof(double))
-        memcpy(m2 + c0, row + 2 * plan.channels, n * sizeof(double))
+        settle(total.mean + c0, total.rest + c0, channel_share(&part, 1) - c0)
 
 
 cdef void affine_worker(
@@ -2167,16 +2181,18 @@ cdef void batch_norm_worker(
 ) noexcept nogil:
     cdef Py_ssize_t index
     cdef Part part
-    cdef const double* mean = partial
-    cdef const double* rest = mean + plan.channels
-    cdef const double* m2 = rest + plan.channels
+    cdef Moments total
+    total.mean = partial
+    total.rest = partial + plan.channels
+    total.m2 = partial + 2 * plan.channels
     for index in range(n_parts(plan)):
         part = part_at(plan, index, True)
         claim_rows(coefs, 3, plan, &part)
         claim_edges(x, y, y_stride, plan, &part, index)
-        moments_part(x, stride, plan, &part, partial)
-        normalize_channels(plan, channel_share(&part, 0), channel_share(&part, 1), mean, rest, m2,
-                           <double>plan.outer * plan.inner, gamma, beta, eps, stats, coefs)
+        moments_part(x, stride, plan, &part, &total, partial)
+        normalize_channels(plan, channel_share(&part, 0), channel_share(&part, 1),
+                           total.mean, total.rest, total.m2, <double>plan.outer * plan.inner,
+                           gamma, beta, eps, stats, coefs)
         part = part_at(plan, index, False)
         wait_for_others(&part)
         affine_part(x, stride, plan, &part, coefs, relu, stream, y, y_stride)

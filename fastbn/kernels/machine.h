@@ -71,6 +71,16 @@ static inline uintptr_t alias_bytes(void) {
     return 1 << 20;
 }
 
+/* Whether it loads two whole vectors of AVX-512 a cycle, as an AMD does that has this instruction set (from Zen 5 on); a
+   Zen 4 loads one. */
+static inline int loads_two(void) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512vp2intersect");
+#else
+    return 0;
+#endif
+}
+
 /* Bytes of a vector of the instruction set that this is compiled for. */
 #if defined(__AVX512F__)
 #define VECTOR_BYTES 64

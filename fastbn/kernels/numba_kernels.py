@@ -16,6 +16,7 @@ from fastbn.kernels.numba_machine import (
     ALIAS_BYTES,
     DOUBLES,
     LINE,
+    LOADS_TWO,
     address,
     at,
     cleared,
@@ -58,7 +59,7 @@ MAX_CHUNKS = 64        # partial results a channel, at most; so also the threads
 SERIAL_BYTES = 65536   # a thread's fair share: below it, waking the thread costs more than it saves
 NARROW = 32            # rows apart of fewer columns are first copied together (20 columns: 20 % less time)
 NEAR_BYTES = 1 << 20   # smaller arrays stay in the second caches: the elementwise passes fetch nothing ahead
-FAR_BYTES = 1 << 24    # inputs from here on are fetched from further ahead: they will not be in a cache
+FAR_BYTES = 20 << 20   # inputs from here on are fetched from further ahead: they will not be in a cache
 STREAM_BYTES = 20 << 20  # of inputs and output together: from here on the output bypasses the caches
 COLUMNS_AHEAD = 128    # columns that the sums fetch ahead, or half so many of each of two arrays
 ROWS_AHEAD = 2 * ROWS  # wide rows that they fetch ahead into L2
@@ -698,7 +699,7 @@ def on_lines(y, stride, length):
 def count_pairs(y, length, width, stream):
     """How many pairs of rows there are behind a run's first line, if its rows are taken two at a time: then the
     coefficients are loaded half as often. Not of wider rows than 512 columns."""
-    if stream or width > TILE or width % STRIP:
+    if stream or width > TILE or width % STRIP or LOADS_TWO:
         return 0
     return max(0, length - before_line(y)) // (2 * width)
 

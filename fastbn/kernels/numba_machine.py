@@ -12,8 +12,9 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 LINE = 64  # bytes of a cache line
-# A load waits for a store before it whose address differs by a multiple of this (machine.h).
-ALIAS_BYTES = 4096 if binding.get_host_cpu_name().startswith(("amdfam", "btver", "bdver", "znver")) else 1 << 20
+AMD = binding.get_host_cpu_name().startswith(("amdfam", "btver", "bdver", "znver"))
+ALIAS_BYTES = 4096 if AMD else 1 << 20  # a load waits for a store before it whose address differs by a multiple of it
+LOADS_TWO = AMD and bool(binding.get_host_cpu_features().get("avx512vp2intersect"))  # vectors a cycle; see machine.h
 
 OPTIONS = {"nogil": True, "error_model": "numpy"}
 INTERNAL = {**OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
