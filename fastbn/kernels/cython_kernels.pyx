@@ -1024,7 +1024,7 @@ cdef inline void affine_channels_as(
     affine_rest(x + i, length - i, coefs, relu, y + i)
 
 
-cdef void affine_channels(
+cdef inline void affine_channels(
     const floating* x, Py_ssize_t x_ahead, Py_ssize_t channels, Py_ssize_t inner,
     const floating* coefs,     # IN   each channel's LANES times
     bint relu, bint stream, floating* y, Py_ssize_t y_ahead,
@@ -1413,7 +1413,7 @@ cdef void grad_sums_run(
         grad_sums_rows(dy + done, width, x + done, width, 1, length - done, False, far, mean, coefs, relu, s1, s2)
 
 
-cdef void grad_sums_lanes(
+cdef inline void grad_sums_lanes(
     const floating* dy, Py_ssize_t dy_ahead, const floating* x, Py_ssize_t x_ahead, Py_ssize_t length, bint far,
     const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
 ) noexcept nogil:
