@@ -64,6 +64,7 @@ cdef enum:
     MAX_CHUNKS = 64       # partial results a channel, at most; so also the threads that can share a column
     SERIAL_BYTES = 65536  # a thread's fair share: below it, waking the thread costs more than it saves
     NARROW = 32           # rows apart of fewer columns are first copied together (20 columns: 20 % less time)
+    FIRST_BYTES = 1 << 15  # of an array that lies in the first cache
     NEAR_BYTES = 1 << 20  # smaller arrays stay in the second caches: what the elementwise passes fetched ahead there,
     # not least lines that the next thread writes, took them 5 to 30 % longer (4x128x14x14, 32x4096)
     FAR_BYTES = 20 << 20  # inputs from here on are fetched from further ahead: they will not be in a cache (from 16 MiB
@@ -843,11 +844,13 @@ cdef inline Py_ssize_t count_pairs(
     const floating* y, Py_ssize_t length, Py_ssize_t width, bint stream,
 ) noexcept nogil:
     """How many pairs of rows there are behind a run's first line, if its rows are taken two at a time: with the
-    coefficients loaded half as often, affine took 0.83 of the time in L2 and 0.89 in L3, grad_affine 0.88 and 0.95. On
-    Zen 5, which loads twice as much a cycle, 1.18 and 1.06, 1.11 and 1.06. Not where a strip of coefficients is several
-    vectors: GCC keeps them on the stack (AVX2: 2 to 4 times the time). Nor of wider rows than 512 columns: 512x768 took
-    0.97 to 1.17 of the time, 256x1024 1.1 to 1.25."""
-    if stream or width > TILE or width % STRIP or STRIP * <Py_ssize_t>sizeof(floating) > VECTOR_BYTES or loads_two():
+    coefficients loaded half as often, affine took 0.83 of the time in L2 and 0.89 in L3, grad_affine 0.88 and 0.95. A
+    Zen 5 loads twice as much a cycle; there it is 1.06 to 1.19 from L2 on, 0.85 to 1 in L1. Not where a strip of
+    coefficients is several vectors: GCC keeps them on the stack (AVX2: 2 to 4 times the time). Nor of wider rows than
+    512 columns: 512x768 took 0.97 to 1.17 of the time, 256x1024 1.1 to 1.25."""
+    if stream or width > TILE or width % STRIP or STRIP * <Py_ssize_t>sizeof(floating) > VECTOR_BYTES:
+        return 0
+    if loads_two() and length * <Py_ssize_t>sizeof(floating) > FIRST_BYTES:
         return 0
     return max(0, length - before_line(y)) // (2 * width)
 

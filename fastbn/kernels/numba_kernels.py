@@ -58,6 +58,7 @@ PIVOT_SHARE = 32       # the pivot is the mean of a block's first values, one in
 MAX_CHUNKS = 64        # partial results a channel, at most; so also the threads that can share a column
 SERIAL_BYTES = 65536   # a thread's fair share: below it, waking the thread costs more than it saves
 NARROW = 32            # rows apart of fewer columns are first copied together (20 columns: 20 % less time)
+FIRST_BYTES = 1 << 15  # of an array that lies in the first cache
 NEAR_BYTES = 1 << 20   # smaller arrays stay in the second caches: the elementwise passes fetch nothing ahead
 FAR_BYTES = 20 << 20   # inputs from here on are fetched from further ahead: they will not be in a cache
 STREAM_BYTES = 20 << 20  # of inputs and output together: from here on the output bypasses the caches
@@ -699,7 +700,7 @@ def on_lines(y, stride, length):
 def count_pairs(y, length, width, stream):
     """How many pairs of rows there are behind a run's first line, if its rows are taken two at a time: then the
     coefficients are loaded half as often. Not of wider rows than 512 columns."""
-    if stream or width > TILE or width % STRIP or LOADS_TWO:
+    if stream or width > TILE or width % STRIP or (LOADS_TWO and length * size_of(y) > FIRST_BYTES):
         return 0
     return max(0, length - before_line(y)) // (2 * width)
 
