@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import fastbn
+from fastbn import _dispatch
 from fastbn.bench import cases, headline, machine, measure, passes, plot, roofline, tables, targets
 from fastbn.bench.cases import Case
 from fastbn.bench.data import Data
@@ -195,6 +196,28 @@ def test_other_programs_are_told_of(capfd, monkeypatch):
     assert "other programs take 40% of the processors" in err
     assert "took 40% and 0% of the processors before and after the run" in out
     assert "kept processors from us in 0 tries, which were dropped, and in 0 of the 0 that count" in out
+
+
+def test_how_far_the_processors_are_apart(capfd, monkeypatch):
+    words = "--quick", "--rounds=2", "--ops=moments", "--shapes=24x8", "--peers=none", "--backends=cython", "--json"
+    assert run(*words) == 0
+    trips = json.loads(capfd.readouterr().out)["results"][0]["trips"]
+    if machine.processors() > 1 and _dispatch.kernels("cython").OPENMP:
+        assert len(trips) == 2  # one in each pass
+        assert 1e-9 < min(trips) <= max(trips) < 1
+    else:
+        assert trips == []
+    found = iter([1e-7, 4e-7])
+    monkeypatch.setattr(roofline, "trip", lambda: next(found))
+    assert run(*words[:-1]) == 0
+    out = capfd.readouterr().out
+    assert "a cache line took 100 to 400 ns there and back, half the time at most 100 ns" in out
+    assert "percentile of 2 times" in out
+
+
+def test_one_processor_is_not_apart(monkeypatch):
+    monkeypatch.setattr(machine, "_usable", lambda: [3])
+    assert roofline.trip() is None
 
 
 def test_nothing_is_claimed_of_a_system_that_does_not_tell(capfd, monkeypatch):

@@ -17,7 +17,7 @@ def describe() -> dict[str, str]:
     found = {
         "processor": _first_match("/proc/cpuinfo", r"model name\s*:\s*(.+)") or platform.processor(),
         "architecture": platform.machine(),
-        "processors usable": str(len(_usable())),
+        "processors usable": str(processors()),
         "caches": ", ".join(f"{name} {size}" for name, size in caches().items()),
         "memory": _memory(),
         "huge pages": _first_match("/sys/kernel/mm/transparent_hugepage/enabled", r"\[(\w+)\]"),
@@ -77,6 +77,11 @@ def busy(seconds: float = 0.5) -> float | None:
 def stolen_share(spent: Ticks) -> float:
     """How much of the time that programs wanted the host kept, from 0 to 1."""
     return spent.stolen / max(1, spent.busy + spent.stolen)
+
+
+def processors() -> int:
+    """How many are usable."""
+    return len(_usable())
 
 
 def _usable() -> list[int]:

@@ -15,11 +15,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fastbn.bench import machine
+from fastbn.bench import machine, roofline
 from fastbn.bench.cases import Case
 from fastbn.bench.mixing import PAIRS
 from fastbn.bench.process import Processes, WorkerError
-from fastbn.bench.roofline import bytes_moved
 from fastbn.bench.worker import PEERS
 
 PAUSE = 0.02  # seconds between two sides: the OpenMP threads of the last one spin for 8 to 12 ms
@@ -65,6 +64,7 @@ class Result:
     errors: dict[str, str] = field(default_factory=dict)
     stolen: dict[str, list[float]] = field(default_factory=dict)  # what the host kept of each try that counts
     dropped: dict[str, int] = field(default_factory=dict)  # tries that do not count
+    trips: list[float] = field(default_factory=list)  # seconds of a line between processors, before each pass's rounds
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -82,7 +82,7 @@ class Result:
         return seconds[slow] / seconds[fast] if slow in seconds and fast in seconds else None
 
     def gbps(self, label: str) -> float:
-        return bytes_moved(self.case) / self.seconds[label] / 1e9
+        return roofline.bytes_moved(self.case) / self.seconds[label] / 1e9
 
 
 def disturbance(results: list[Result]) -> dict[str, int]:
@@ -127,8 +127,9 @@ def split(calls: float) -> tuple[int, int]:
 def _measure_rounds(
     result: Result, rounds: range, plan: Plan, processes: Processes, tick: Callable[[Case, float], None],
 ) -> None:
-    case = result.case
+    case, trip = result.case, roofline.trip()
     tick(case, 0)
+    result.trips += [trip] if trip else []
     work: dict[str, tuple[int, int]] = {}
     for label in plan.sides(case):
         if label in result.errors:

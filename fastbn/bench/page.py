@@ -34,6 +34,10 @@ rows that lie apart the bare passes read and copy the rows alone; but the proces
 them, so they, too, take longer. What a ratio would be if fastbn took just the time of the bare passes on that array
 stands in the last table, "at the roofline".
 
+Before the rounds of a case, in each pass, two threads send a cache line to and fro. A host may move a virtual
+machine's processors between groups of cores that have a cache of their own: threads then wait longer for each other,
+which small arrays feel, and have more cache, which large ones do.
+
 As users call it means without `out=`; where a peer has no `out=`, its column has no figure. PyTorch:
 `torch.native_batch_norm` and its backward, which its layers call, and `nn.BatchNorm*d` with `autograd.grad`. JAX:
 two-pass batch normalization under `jax.jit`. NumPy: `x.mean(0), x.var(0)`. scikit-learn: `StandardScaler().fit(x)`.
@@ -62,6 +66,7 @@ def facts(run: Run) -> dict[str, str]:
         "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
         **({"missing": ", ".join(run.missing) + " (not installed)"} if run.missing else {}),
         **({"other programs": _shares(run.others), "the machine's host": _host(run.results)} if run.others else {}),
+        **_between(run.results),
         "rounds": f"{run.plan.rounds} in {min(PASSES, run.plan.rounds)} passes, "
                   f"with about {run.plan.seconds * 1e3:g} ms of calls per side each",
         "date": run.date,
@@ -75,6 +80,15 @@ def _shares(others: list[float]) -> str:
 def _host(results: list[Result]) -> str:
     return ("kept processors from us in {dropped:,} tries, which were dropped, and in {disturbed:,} of the {counted:,} "
             "that count, as far as it tells").format(**disturbance(results))
+
+
+def _between(results: list[Result]) -> dict[str, str]:
+    trips = sorted(trip * 1e9 for result in results for trip in result.trips)
+    if not trips:
+        return {}
+    low, middle, high = (trips[round(share * (len(trips) - 1))] for share in (0.05, 0.5, 0.95))
+    return {"between processors": f"a cache line took {low:.0f} to {high:.0f} ns there and back, half the time at most "
+                                  f"{middle:.0f} ns (5th, 95th and 50th percentile of {len(trips):,} times)"}
 
 
 def text(run: Run) -> str:
@@ -133,6 +147,7 @@ def _result(result: Result) -> dict[str, Any]:
         "samples": result.samples,
         "stolen": result.stolen,
         "dropped": result.dropped,
+        "trips": result.trips,
         "gbps": {label: result.gbps(label) for label in seconds},
         "ratio_to_fastbn": {label: result.ratio(label) for label in seconds},
         "ratio_to_roofline": {label: result.ratio(label, "roofline") for label in seconds if "roofline" in seconds},

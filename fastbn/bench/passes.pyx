@@ -34,6 +34,43 @@ cdef extern from *:
     enum:
         PARTS "FASTBN_PARTS"
 
+# Two threads write one word in turns, which has its line, and the one beside that, for itself.
+cdef extern from *:
+    """
+    static double fastbn_trip(double seconds) {
+        double trip = 0;
+    #ifdef _OPENMP
+        static volatile int memory[96];
+        volatile int *turn = memory + 48;
+        *turn = 0;
+    #pragma omp parallel num_threads(2)
+        if (omp_get_num_threads() == 2) {
+            if (omp_get_thread_num() == 0) {
+                double begin = omp_get_wtime(), spent;
+                long n = 0;
+                do {
+                    *turn = 1;
+                    while (*turn == 1) {}
+                    n++;
+                    spent = omp_get_wtime() - begin;
+                } while (spent < seconds);
+                *turn = -1;
+                trip = spent / n;
+            } else {
+                int now;
+                do {
+                    while ((now = *turn) == 0) {}
+                    if (now == 1)
+                        *turn = 0;
+                } while (now == 1);
+            }
+        }
+    #endif
+        return trip;
+    }
+    """
+    double fastbn_trip(double seconds) nogil
+
 cdef enum:
     PIECE = 1024          # lines
     GROUP = 32            # lines taken from the last one on, where loads would wait for stores
@@ -245,3 +282,11 @@ def combine(const unsigned char[::1] a, const unsigned char[::1] b, unsigned cha
         out[i] = a[i] ^ b[i]
     for i in range(skip + n * <Py_ssize_t>sizeof(Line), out.shape[0]):
         out[i] = a[i] ^ b[i]
+
+
+def trip(double seconds):
+    """Seconds that a cache line takes from one processor to another and back, on average over so many seconds of it; 0
+    where there is one thread."""
+    with nogil:
+        seconds = fastbn_trip(seconds)
+    return seconds

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastbn.bench.passes as passes
+from fastbn.bench import machine
 from fastbn.bench.cases import Case
 from fastbn.bench.data import Data
 
@@ -32,11 +33,17 @@ WITHOUT_OUT = ("forward", "relu", "backward", "layer", "inference")  # each resu
 ARRAYS_MOVED = {"read x": 1, "copy": 2, "read both": 2, "combine": 3}
 FROM_BYTES = 250_000  # below, waking the threads takes as long as the passes
 LINE_BYTES = 64  # what passes.pyx takes at a time
+TRIP_SECONDS = 0.002
 
 
 def bytes_moved(case: Case) -> int:
     """Read and written by the passes of an operation; what GB/s counts, for every side alike."""
     return case.nbytes * sum(ARRAYS_MOVED[name] for name in PASSES[case.op])
+
+
+def trip() -> float | None:
+    """Seconds that a cache line takes from one processor to another and back; None where there is one thread."""
+    return passes.trip(TRIP_SECONDS) or None if machine.processors() > 1 else None
 
 
 class Roofline:
