@@ -127,8 +127,10 @@ def split(calls: float) -> tuple[int, int]:
 def _measure_rounds(
     result: Result, rounds: range, plan: Plan, processes: Processes, tick: Callable[[Case, float], None],
 ) -> None:
-    case, trip = result.case, roofline.trip()
+    case = result.case
     tick(case, 0)
+    time.sleep(PAUSE)
+    trip = roofline.trip()
     result.trips += [trip] if trip else []
     work: dict[str, tuple[int, int]] = {}
     for label in plan.sides(case):
