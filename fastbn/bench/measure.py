@@ -129,7 +129,7 @@ def _measure_rounds(
 ) -> None:
     case = result.case
     tick(case, 0)
-    time.sleep(PAUSE)
+    time.sleep(PAUSE)  # the threads of the last side of the case before spin, too
     trip = roofline.trip()
     result.trips += [trip] if trip else []
     work: dict[str, tuple[int, int]] = {}

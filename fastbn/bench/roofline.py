@@ -33,7 +33,7 @@ WITHOUT_OUT = ("forward", "relu", "backward", "layer", "inference")  # each resu
 ARRAYS_MOVED = {"read x": 1, "copy": 2, "read both": 2, "combine": 3}
 FROM_BYTES = 250_000  # below, waking the threads takes as long as the passes
 LINE_BYTES = 64  # what passes.pyx takes at a time
-TRIP_SECONDS = 0.0005
+TRIP_SECONDS = 0.0005  # how long a line goes to and fro, each time that it is measured
 
 
 def bytes_moved(case: Case) -> int:
