@@ -143,7 +143,7 @@ def batch_norm(
             "use batch_norm_inference, or a larger batch"
         )
 
-    stats = np.full((3, layout.channels), np.nan)
+    stats = np.full((4, layout.channels), np.nan)
     coefs = np.full((3, layout.channels), np.nan, x.dtype)
     if x.size:
         x_view = _layout.canonical(x, layout, y_view)
@@ -220,7 +220,7 @@ def normalize(
     y, y_view = _layout.output(out, layout, x)
     mean, var, gamma, beta = (_layout.apart(values, y) for values in (mean, var, gamma, beta))
 
-    stats = np.full((3, layout.channels), np.nan)
+    stats = np.full((4, layout.channels), np.nan)
     coefs = np.full((3, layout.channels), np.nan, x.dtype)
     if x.size:
         x_view = _layout.canonical(x, layout, y_view)

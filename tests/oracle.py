@@ -26,14 +26,14 @@ class Exact:
         self.x = by_channel(x, axis)
         channels = self.x.shape[1]
         self.training = mean is None
-        self.stats, self.coefs = np.empty((3, channels), WIDE), np.empty((3, channels), WIDE)
+        self.stats, self.coefs = np.empty((4, channels), WIDE), np.empty((3, channels), WIDE)
         y = np.empty_like(self.x)
         rest = wide(gamma), wide(beta), eps, False, y, self.stats, self.coefs, 1
         if self.training:
             reference.batch_norm(self.x, *rest)
         else:
             reference.batch_norm_inference(self.x, wide(mean), wide(var), *rest)
-        self.mean, self.var, self.invstd = self.stats
+        self.mean, self.var, self.invstd, _ = self.stats
         self.std = np.sqrt(self.var)
         self.y = self.restored(y)
         offset = 0 if beta is None else wide(beta)[:, None]

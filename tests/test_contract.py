@@ -169,7 +169,7 @@ def test_drivers(kernels, data, rng, dtype, training):
     gamma, beta = rng.uniform(0.5, 2, channels).astype(dtype), rng.uniform(-1, 1, channels).astype(dtype)
     mean, var = (None, None) if training else (np.linspace(2, 4, channels), np.linspace(1, 4, channels))
     exact = Exact(x, gamma, beta, eps=1e-3, mean=mean, var=var)
-    y, stats, coefs = nans(x.shape, dtype), nans((3, channels)), nans((3, channels), dtype)
+    y, stats, coefs = nans(x.shape, dtype), nans((4, channels)), nans((3, channels), dtype)
     if training:
         kernels.batch_norm(x, gamma, beta, 1e-3, False, y, stats, coefs, 2)
     else:
@@ -199,7 +199,7 @@ def test_every_tail(kernels, dtype):
     for shape in TAILS:
         x, grad_y = rng.standard_normal((2, *shape)).astype(dtype)
         exact = Exact(x)
-        y, stats, coefs = nans(shape, dtype), nans((3, shape[1])), nans((3, shape[1]), dtype)
+        y, stats, coefs = nans(shape, dtype), nans((4, shape[1])), nans((3, shape[1]), dtype)
         kernels.batch_norm(x, None, None, 1e-5, False, y, stats, coefs, 1)
         assert_close(stats[0], exact.mean, "mean", dtype, np.maximum(np.abs(exact.mean), exact.std))
         assert_close(stats[1], exact.var, "var", dtype)

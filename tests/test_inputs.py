@@ -160,6 +160,18 @@ def test_what_is_not_finite_stays_in_its_column(backend, dtype, layout, value):
         assert not np.isfinite(np.take(a, 1, at)).all()
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+def test_an_infinite_grad_y_gives_infinite_sums(backend, dtype, value):
+    """Not NaN: what the mean lacks, 0 or not, times their sum is left out."""
+    x = np.random.default_rng(3).standard_normal((300, 40)).astype(dtype) + dtype.type(1 / 3)
+    grad_y = np.ones_like(x)
+    grad_y[7] = value
+    _, saved = fastbn.batch_norm(x, backend=backend)
+    _, grad_gamma, grad_beta = fastbn.batch_norm_backward(grad_y, saved, backend=backend)
+    np.testing.assert_array_equal(grad_gamma, value * np.sign(x[7] - saved.mean))
+    np.testing.assert_array_equal(grad_beta, np.full(40, value))
+
+
 def test_nan_passes_through_the_relu(backend, dtype):
     x = np.array([[np.nan], [-1], [1]], dtype)
     y = fastbn.batch_norm_inference(x, [0], [1], eps=0, activation="relu", backend=backend)

@@ -33,12 +33,13 @@ into the offset:
 
 **Backward.** Both sums are float64, of exact float64 products where the data is float32:
 
-    sum_dy = sum(dy)      sum_dy_xmu = sum(dy * (x - mean))
-    slope = invstd^2 * sum_dy_xmu / n      shift + rest = sum_dy / n - slope * (mean - center)
+    sum_dy = sum(dy)      sum_dy_xmu = sum(dy * (x - mean)) - lacking * sum_dy
+    slope = invstd^2 * sum_dy_xmu / n      shift + rest = sum_dy / n - slope * (mean - center + lacking)
     grad_x = scale * (((dy - shift) - rest) - (x - center) * slope)
     grad_gamma = invstd * sum_dy_xmu      grad_beta = sum_dy
 
-`shift + rest` is one number in two floats: a mean of dy that is large against its deviations cancels without loss.
+mean is the first float64 of the mean, lacking the second; `shift + rest` is one number in two floats, too: a mean of
+dy that is large against its deviations cancels without loss.
 The factor stays outside, so that nothing under- or overflows on the way.
 
 Of two rows, where x_hat is h and -h, the terms leave 1 - h^2 = eps / (var + eps) of themselves. So it is written down:
@@ -68,7 +69,8 @@ finite. A NaN or an infinity in one column leaves the bits of all others as they
 - *Merging.* Where blocks or pieces merge, delta is a difference of two means. Were each rounded to one float64, its
   error, 1e-16 of |mean|, times delta, would be an error of m2: 1e-13 of it and more once |mean| / std is some 1e5 and
   many short blocks merge. In two floats the error is 1e-16 of delta, and the number and order of merges do not matter.
-- *y in float64.* The center is the mean's first float64, and the second goes into the offset.
+- *float64.* The center is the mean's first float64, and the second goes into the offset, and into the sums of the
+  backward: in one float64, grad_gamma would lose a digit for each digit of |mean| / std.
 - *Two rows.* Nothing cancels but dy - the other dy, and that is rounded once.
 
 **Limits.** In float64, var and the sums behind it must stay in range: where the deviations of a column or their sum

@@ -5,7 +5,7 @@ Arrays arrive checked, by ``_layout.py``; kernels only loop. ``x``, ``grad_y`` a
 stride along ``outer``; none of their axes is empty. ``out`` may be the very memory of the first argument, or overlaps
 none. Small arrays travel between the halves of an operation:
 
-    stats   (3, channels) float64            mean, var (biased), invstd
+    stats   (4, channels) float64            mean, var (biased), invstd, rest: what mean lacks
     coefs   (3, channels) the data's dtype   center, scale, offset
     linear  (4, channels) the data's dtype   factor, slope, shift, rest (the last two: one shift in two floats)
 

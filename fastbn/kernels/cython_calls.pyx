@@ -199,7 +199,7 @@ def batch_norm(
     double eps,
     bint relu,
     cnp.ndarray out not None,    # OUT  (outer, channels, inner)
-    cnp.ndarray stats not None,  # OUT  (3, channels) float64: mean, var, invstd
+    cnp.ndarray stats not None,  # OUT  (4, channels) float64: mean, var, invstd, rest
     cnp.ndarray coefs not None,  # OUT  (3, channels): center, scale, offset
     int num_threads,
 ):
@@ -224,7 +224,7 @@ def batch_norm_inference(
     double eps,
     bint relu,
     cnp.ndarray out not None,    # OUT  (outer, channels, inner)
-    cnp.ndarray stats not None,  # OUT  (3, channels) float64: mean, var, invstd
+    cnp.ndarray stats not None,  # OUT  (4, channels) float64: mean, var, invstd, rest
     cnp.ndarray coefs not None,  # OUT  (3, channels): center, scale, offset
     int num_threads,
 ):
@@ -284,7 +284,7 @@ def grad_affine(
 def batch_norm_backward(
     cnp.ndarray grad_y not None,  # IN   (outer, channels, inner)
     cnp.ndarray x not None,      # IN   (outer, channels, inner)
-    cnp.ndarray stats not None,  # IN   (3, channels) float64: mean, var, invstd
+    cnp.ndarray stats not None,  # IN   (4, channels) float64: mean, var, invstd, rest
     cnp.ndarray coefs not None,  # IN   (3, channels): center, scale, offset
     bint relu,
     bint training,               # IN   False: the statistics were constants
@@ -435,7 +435,7 @@ def whole_batch_norm(
             and is_plain_output(out, x) and is_apart_from(gamma, out) and is_apart_from(beta, out)):
         return None
     y = new_like(x) if out is None else out
-    stats = new_rows(3, plan.channels, cnp.NPY_FLOAT64)
+    stats = new_rows(4, plan.channels, cnp.NPY_FLOAT64)
     coefs = new_rows(3, plan.channels, typenum)
     if typenum == cnp.NPY_FLOAT32:
         launch_batch_norm[float](
@@ -493,7 +493,7 @@ def whole_batch_norm_inference(
             and is_plain_vector(gamma, plan.channels, typenum) and is_plain_vector(beta, plan.channels, typenum)
             and is_plain_output(out, x) and is_apart_from(gamma, out) and is_apart_from(beta, out)):
         return None
-    stats = new_rows(3, plan.channels, cnp.NPY_FLOAT64)
+    stats = new_rows(4, plan.channels, cnp.NPY_FLOAT64)
     statistics = <double*>data_of(stats)
     means = statistics_of(mean, plan.channels, statistics)
     variances = statistics_of(var, plan.channels, statistics + plan.channels)

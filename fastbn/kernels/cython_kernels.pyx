@@ -573,15 +573,17 @@ cdef inline void merge_moments(
         m2[c] += m2_b[c] + delta * delta * cross
 
 
-cdef inline void settle(double* mean, double* rest, Py_ssize_t channels) noexcept nogil:
+cdef inline void settle_one(double* mean, double* rest) noexcept nogil:
     """mean takes of rest what it can hold, without loss (Knuth's two-sum)."""
+    cdef double total = mean[0] + rest[0], added = total - mean[0]
+    rest[0] = (mean[0] - (total - added)) + (rest[0] - added)
+    mean[0] = total
+
+
+cdef inline void settle(double* mean, double* rest, Py_ssize_t channels) noexcept nogil:
     cdef Py_ssize_t c
-    cdef double total, added
     for c in range(channels):
-        total = mean[c] + rest[c]
-        added = total - mean[c]
-        rest[c] = (mean[c] - (total - added)) + (rest[c] - added)
-        mean[c] = total
+        settle_one(mean + c, rest + c)
 
 
 cdef void moments_task(
@@ -680,15 +682,15 @@ cdef inline void normalize_strip(
     const double* mean,        # IN   (n_columns,)
     const double* rest,        # IN   what mean lacks; NULL: nothing
     const double* m2, double n, const floating* gamma, double eps, Py_ssize_t n_columns,
-    double* stats,             # OUT  mean, var, invstd, `pitch` apart
+    double* stats,             # OUT  mean, var, invstd, rest, `pitch` apart
     floating* coefs,           # OUT  center, scale, offset without beta, `pitch` apart
     Py_ssize_t pitch,
 ) noexcept nogil:
     """The mean in two floats: what the data's dtype holds is the center, the rest goes into the offset."""
     # In arrays of their own the results cannot be the inputs for all the compiler knows. In loops through all channels,
     # one for each result, 4096 of them took 1.6 times as long (32x4096: inference 1.1).
-    cdef double low[STRIP]
     cdef double total[STRIP]
+    cdef double low[STRIP]
     cdef double var[STRIP]
     cdef double invstd[STRIP]
     cdef floating center[STRIP]
@@ -703,15 +705,17 @@ cdef inline void normalize_strip(
         for j in range(n_columns):
             var[j] = m2[j] * weight
     for j in range(n_columns):
+        total[j] = mean[j]
         low[j] = rest[j] if rest != NULL else 0
+        settle_one(&total[j], &low[j])
         invstd[j] = 1 / sqrt(var[j] + eps)
-        total[j] = mean[j] + low[j]
         center[j] = <floating>total[j]
         scale[j] = <floating>(invstd[j] * gamma[j] if gamma != NULL else invstd[j])
-        offset[j] = <floating>(-((mean[j] - center[j]) + low[j]) * scale[j])
+        offset[j] = <floating>(-((total[j] - center[j]) + low[j]) * scale[j])
     memcpy(stats, total, n_columns * sizeof(double))
     memcpy(stats + pitch, var, n_columns * sizeof(double))
     memcpy(stats + 2 * pitch, invstd, n_columns * sizeof(double))
+    memcpy(stats + 3 * pitch, low, n_columns * sizeof(double))
     memcpy(coefs, center, n_columns * sizeof(floating))
     memcpy(coefs + pitch, scale, n_columns * sizeof(floating))
     memcpy(coefs + 2 * pitch, offset, n_columns * sizeof(floating))
@@ -726,7 +730,7 @@ cdef void normalize_channels(
     const Plan* plan, Py_ssize_t c0, Py_ssize_t c1,
     const double* mean, const double* rest, const double* m2, double n,
     const floating* gamma, const floating* beta, double eps,
-    double* stats,             # OUT  (3, channels): mean, var, invstd
+    double* stats,             # OUT  (4, channels): mean, var, invstd, rest
     floating* coefs,           # OUT  (3, channels): center, scale, offset
 ) noexcept nogil:
     cdef Py_ssize_t c = c0
@@ -745,9 +749,15 @@ cdef void normalize_channels(
             offset[c] += beta[c]
 
 
+cdef inline double finite_or_zero(double value) noexcept nogil:
+    return value if value - value == 0 else 0
+
+
 cdef void gradient_channels(
     const Plan* plan, Py_ssize_t c0, Py_ssize_t c1,
-    const double* sum_dy, const double* sum_dy_xmu, const double* stats, const floating* coefs,
+    const double* sum_dy,
+    const double* sum_dy_xc,   # IN   about the mean's first float
+    const double* stats, const floating* coefs,
     bint training,             # IN   False: the statistics were constants, so they pass no gradient on
     floating* linear,          # OUT  (4, channels): factor, slope, shift, rest
     floating* grads,           # OUT  (2, channels): grad_gamma, grad_beta
@@ -755,18 +765,21 @@ cdef void gradient_channels(
     """The shift, mean(dy) less what center lacks of the mean, in two floats; the factor stays outside, so that the
     slope is about 1 / std and neither under- nor overflows."""
     cdef Py_ssize_t c, channels = plan.channels
-    cdef double k, d, n = <double>plan.outer * plan.inner
+    cdef double k, d, sum_dy_xmu, n = <double>plan.outer * plan.inner
     cdef const double* invstd = stats + 2 * channels
+    cdef const double* lacking = stats + 3 * channels
     cdef floating* slope = linear + channels
     cdef floating* shift = linear + 2 * channels
     cdef floating* rest = linear + 3 * channels
     for c in range(c0, c1):
-        grads[c] = <floating>(invstd[c] * sum_dy_xmu[c])
+        sum_dy_xmu = sum_dy_xc[c] - finite_or_zero(lacking[c] * sum_dy[c])
+        grads[c] = <floating>(invstd[c] * sum_dy_xmu)
         grads[channels + c] = <floating>sum_dy[c]
         linear[c] = coefs[channels + c]
     for c in range(c0, c1):
-        k = invstd[c] * (invstd[c] * (sum_dy_xmu[c] / n)) if training else 0
-        d = sum_dy[c] / n - k * (stats[c] - coefs[c]) if training else 0
+        sum_dy_xmu = sum_dy_xc[c] - finite_or_zero(lacking[c] * sum_dy[c])
+        k = invstd[c] * (invstd[c] * (sum_dy_xmu / n)) if training else 0
+        d = sum_dy[c] / n - k * ((stats[c] - coefs[c]) + lacking[c]) if training else 0
         slope[c] = <floating>k
         shift[c] = <floating>d
         rest[c] = <floating>(d - shift[c])

@@ -448,7 +448,7 @@ def whole_batch_norm(x, gamma, beta, axis, eps, activation, out, num_threads):
             and is_plain_output(out, x)):
         return None
     y = _memory.empty(x.shape, x.dtype) if out is None else out
-    stats, coefs = np.empty((3, view[1])), np.empty((3, view[1]), x.dtype)
+    stats, coefs = np.empty((4, view[1])), np.empty((3, view[1]), x.dtype)
     if not batch_norm(x.reshape(view), gamma, beta, eps, activation is not None, y.reshape(view), stats, coefs,
                       num_threads):
         return None
@@ -463,7 +463,7 @@ def whole_batch_norm_inference(x, mean, var, gamma, beta, axis, eps, activation,
             and is_plain_output(out, x)):
         return None
     y = _memory.empty(x.shape, x.dtype) if out is None else out
-    stats, coefs = np.empty((3, view[1])), np.empty((3, view[1]), x.dtype)
+    stats, coefs = np.empty((4, view[1])), np.empty((3, view[1]), x.dtype)
     if not batch_norm_inference(x.reshape(view), mean, var, gamma, beta, eps, activation is not None, y.reshape(view),
                                 stats, coefs, num_threads):
         return None
@@ -491,7 +491,7 @@ def warmup(dtypes=(np.float32, np.float64)):
     for dtype in dtypes:
         for outer, num_threads in ((1, 1), (4096, 2)):
             x = np.zeros((outer, 64, 1), dtype)
-            stats, coefs, grads = np.empty((3, 64)), np.empty((3, 64), dtype), np.empty((2, 64), dtype)
+            stats, coefs, grads = np.empty((4, 64)), np.empty((3, 64), dtype), np.empty((2, 64), dtype)
             batch_norm(x, None, None, 1e-5, False, np.empty_like(x), stats, coefs, num_threads)
             batch_norm_backward(x, x, stats, coefs, False, True, np.empty_like(x), grads, num_threads)
             batch_norm_inference(x, stats[0], stats[1], None, None, 1e-5, False, np.empty_like(x), np.empty_like(stats),

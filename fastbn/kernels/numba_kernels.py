@@ -576,12 +576,12 @@ def normalize_channels(
     beta,       # IN   (channels,)
     has_beta,   # IN   False: zeros
     eps,
-    stats,      # OUT  (3, channels) float64: mean, var, invstd
+    stats,      # OUT  (4, channels) float64: mean, var, invstd, rest
     coefs,      # OUT  (3, channels): center, scale, offset
 ):
     """The mean in two floats: what the data's dtype holds is the center, the rest goes into the offset."""
     restrict()
-    var, invstd = at(stats, plan.channels), at(stats, 2 * plan.channels)
+    var, invstd, low = at(stats, plan.channels), at(stats, 2 * plan.channels), at(stats, 3 * plan.channels)
     scale, offset = at(coefs, plan.channels), at(coefs, 2 * plan.channels)
     weight = 1 / n
     if int(n) & (int(n) - 1):
@@ -596,20 +596,27 @@ def normalize_channels(
         stats[c] = mean[c]
         coefs[c] = mean[c]
     for c in range(c0, c1):
+        low[c] = rest[c] if has_rest else 0.0
+    for c in range(c0, c1):
         scale[c] = invstd[c] * gamma[c] if has_gamma else invstd[c]
     for c in range(c0, c1):
-        offset[c] = -((mean[c] - coefs[c]) + (rest[c] if has_rest else 0.0)) * scale[c]
+        offset[c] = -((mean[c] - coefs[c]) + low[c]) * scale[c]
     if has_beta:
         for c in range(c0, c1):
             offset[c] += beta[c]
 
 
 @helper
+def finite_or_zero(value):
+    return value if value - value == 0 else 0.0
+
+
+@helper
 def gradient_channels(
     plan, c0, c1,
     sum_dy,     # IN   (channels,) float64
-    sum_dy_xmu, # IN   (channels,) float64
-    stats,      # IN   (3, channels) float64: mean, var, invstd
+    sum_dy_xc,  # IN   (channels,) float64, about the mean's first float
+    stats,      # IN   (4, channels) float64: mean, var, invstd, rest
     coefs,      # IN   (3, channels): center, scale, offset
     training,   # IN   False: the statistics were constants, so they pass no gradient on
     linear,     # OUT  (4, channels): factor, slope, shift, rest
@@ -620,14 +627,16 @@ def gradient_channels(
     restrict()
     channels = plan.channels
     n = float(plan.outer * plan.inner)
-    invstd, scale, grad_beta = at(stats, 2 * channels), at(coefs, channels), at(grads, channels)
+    invstd, lacking = at(stats, 2 * channels), at(stats, 3 * channels)
+    scale, grad_beta = at(coefs, channels), at(grads, channels)
     slope, shift, rest = at(linear, channels), at(linear, 2 * channels), at(linear, 3 * channels)
     for c in range(c0, c1):
-        grads[c] = invstd[c] * sum_dy_xmu[c]
+        sum_dy_xmu = sum_dy_xc[c] - finite_or_zero(lacking[c] * sum_dy[c])
+        grads[c] = invstd[c] * sum_dy_xmu
         grad_beta[c] = sum_dy[c]
         linear[c] = scale[c]
-        k = invstd[c] * (invstd[c] * (sum_dy_xmu[c] / n)) if training else 0.0
-        d = sum_dy[c] / n - k * (stats[c] - coefs[c]) if training else 0.0
+        k = invstd[c] * (invstd[c] * (sum_dy_xmu / n)) if training else 0.0
+        d = sum_dy[c] / n - k * ((stats[c] - coefs[c]) + lacking[c]) if training else 0.0
         slope[c] = k
         shift[c] = d
         rest[c] = d - shift[c]

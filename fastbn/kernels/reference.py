@@ -42,16 +42,11 @@ def _gate(grad_y, x, coefs, relu):
     return np.where(_affine(x, *coefs, relu=False) <= 0, 0, dy) if relu else dy
 
 
-def _grad_moments(grad_y, x, mean, coefs, relu):
-    dy = _gate(grad_y, x, coefs, relu)
-    return _sum(dy), _sum(dy * (_wide(x) - _column(mean)))
-
-
 def _normalize(x, mean, rest, var, gamma, beta, eps, relu, out, stats, coefs):
     invstd = 1 / np.sqrt(var + eps)
     scale = invstd if gamma is None else gamma * invstd
     offset = (0 if beta is None else beta) - rest * scale
-    stats[:] = mean, var, invstd
+    stats[:3], stats[3] = (mean, var, invstd), rest
     coefs[0] = mean
     coefs[1:] = scale, offset - (mean - coefs[0]) * scale
     out[...] = _affine(x, mean, scale, offset, relu)
@@ -86,7 +81,8 @@ def batch_norm_inference(x, mean, var, gamma, beta, eps, relu, out, stats, coefs
 @_quiet
 def grad_moments(grad_y, x, mean, coefs, relu, sum_dy, sum_dy_xmu, num_threads):
     """sum(dy), sum(dy * (x - mean))."""
-    sum_dy[:], sum_dy_xmu[:] = _grad_moments(grad_y, x, mean, coefs, relu)
+    dy = _gate(grad_y, x, coefs, relu)
+    sum_dy[:], sum_dy_xmu[:] = _sum(dy), _sum(dy * (_wide(x) - _column(mean)))
 
 
 @_quiet
@@ -100,12 +96,14 @@ def grad_affine(grad_y, x, coefs, linear, relu, out, num_threads):
 @_quiet
 def batch_norm_backward(grad_y, x, stats, coefs, relu, training, out, grads, num_threads):
     """x_hat = (x - mean) * invstd; grad_x = scale * (dy - mean(dy) - x_hat * mean(dy * x_hat)) in training."""
-    mean, _, invstd = stats
-    sum_dy, sum_dy_xmu = _grad_moments(grad_y, x, mean, coefs, relu)
+    mean, _, invstd, rest = stats
+    xmu = (_wide(x) - _column(mean)) - _column(rest)
+    dy = _gate(grad_y, x, coefs, relu)
+    sum_dy, sum_dy_xmu = _sum(dy), _sum(dy * xmu)
     grads[:] = invstd * sum_dy_xmu, sum_dy
-    grad_x = _gate(grad_y, x, coefs, relu)
+    grad_x = dy
     if training:
         n = x.shape[0] * x.shape[2]
-        x_hat = (_wide(x) - _column(mean)) * _column(invstd)
-        grad_x = grad_x - _column(sum_dy / n) - x_hat * _column(invstd * sum_dy_xmu / n)
+        x_hat = xmu * _column(invstd)
+        grad_x = dy - _column(sum_dy / n) - x_hat * _column(invstd * sum_dy_xmu / n)
     out[...] = _column(coefs[1].astype(grad_x.dtype)) * grad_x
