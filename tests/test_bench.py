@@ -16,6 +16,7 @@ from fastbn.bench.cases import Case
 from fastbn.bench.data import Data
 from fastbn.bench.measure import Plan, Result
 from fastbn.bench.process import Processes, WorkerError
+from fastbn.bench.run import Progress
 from fastbn.cli import bench
 
 OFFERS = {  # which operations a side has
@@ -340,6 +341,18 @@ def test_a_run_measures_every_operation_and_array(tmp_path, capfd):
     text = page.read_text()
     assert all(f"## {op.capitalize()}: " in text for op in ops)
     assert "![GB/s against bytes for each implementation](roofline.png)" in text
+
+
+@pytest.mark.parametrize("parts", [1, 7])
+def test_without_a_terminal_it_says_how_far_it_is(capfd, parts):
+    some = [Case("moments", (n, 8)) for n in (8, 16, 24)]
+    with Progress(some) as progress:
+        for case in some:
+            for _ in range(parts):
+                progress.tick(case, 1 / parts)
+    said = [line.partition(" % after ")[0] for line in capfd.readouterr().err.splitlines()]
+    tenths = (30, 60, 100) if parts == 1 else range(10, 101, 10)
+    assert said == [f"fastbn bench: {tenth}" for tenth in tenths]
 
 
 def test_tables_are_the_default(capfd):

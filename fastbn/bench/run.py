@@ -7,6 +7,7 @@ import datetime
 import os
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def run(options: Options) -> int:
     """Measure, print, write; 1 where a side failed, else 0."""
     others = [machine.busy()]
     _warn_if_busy(others[0])
-    with _Progress(options.cases) as progress, Processes(options.plan.threads, _together(options)) as processes:
+    with Progress(options.cases) as progress, Processes(options.plan.threads, _together(options)) as processes:
         results = measure(options.cases, options.plan, processes, progress.tick)
         others.append(machine.busy())
         versions = _versions(options, results, processes)
@@ -96,10 +97,11 @@ def _seen_from_page(options: Options) -> str | None:
     return Path(os.path.relpath(options.plot, Path(options.markdown).parent)).as_posix()
 
 
-class _Progress:
-    """A bar on the terminal, where tqdm is installed."""
+class Progress:
+    """A bar on the terminal; without tqdm, or into a file, a line at each tenth of the way."""
 
     def __init__(self, cases: list[Case]) -> None:
+        self.n_cases, self.done, self.tenths, self.began = len(cases), 0.0, 0, time.monotonic()
         try:
             from tqdm import tqdm
         except ImportError:
@@ -109,7 +111,7 @@ class _Progress:
                 "{l_bar}{bar}| {n:.1f}/{total} [{elapsed}<{remaining}]"
             ))
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *details: object) -> None:
@@ -117,6 +119,13 @@ class _Progress:
             self.bar.close()
 
     def tick(self, case: Case, part: float) -> None:
-        if self.bar is not None:
+        if self.bar is not None and not self.bar.disable:
             self.bar.set_description(f"{case.op} {case.array}", refresh=False)
             self.bar.update(part)
+            return
+        self.done += part
+        tenths = int(round(10 * self.done / self.n_cases, 6))  # the parts may add up to a little less than the whole
+        if tenths > self.tenths:
+            self.tenths = tenths
+            minutes, seconds = divmod(round(time.monotonic() - self.began), 60)
+            print(f"fastbn bench: {10 * tenths} % after {minutes}:{seconds:02}", file=sys.stderr, flush=True)
