@@ -519,7 +519,24 @@ def test_targets_are_judged():
     assert found["layouts", "per byte, to 62500x64"].at_roofline == pytest.approx(1.4)
     assert not found["forward-out", "numba/cython, the worst"].met
     assert not found["layouts", "per byte, to 62500x64"].met
+    assert found["layouts", "per byte, to 62500x64"].met_at_roofline
+    assert found["backward", "torch/fastbn"].met_at_roofline is None
     assert len(found) == 5
+
+
+def test_a_target_that_the_bare_passes_miss_is_told_apart():
+    results = [
+        result_of("forward-out", "65536x256", cython=3, torch=3, roofline=2),
+        result_of("forward-out", "262144x256", cython=3, torch=3, roofline=2.9),
+        result_of("layouts", "62500x64", cython=1),
+        result_of("layouts", "62500x64:F", cython=1.7, roofline=1.6),
+        result_of("layouts", "62500x64:rows", cython=1.7, roofline=1.2),
+    ]
+    table = tables._targets(results)
+    peers = {(row[1], row[-1]) for row in table.rows if row[2] != "fastbn/roofline"}
+    assert peers == {("65536x256", "NO"), ("262144x256", "NO, nor the bare passes"),
+                     ("62500x64:F", "NO, nor the bare passes"), ("62500x64:rows", "NO")}
+    assert table.title == "targets: 1 of 6 met, 2 of the others not by the bare passes either"
 
 
 @pytest.mark.parametrize(("calls", "expected"), [(0.3, (1, 1)), (4.2, (1, 4)), (90.0, (10, 9)), (5000.0, (556, 9))])

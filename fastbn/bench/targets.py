@@ -67,11 +67,19 @@ class Verdict:
 
     @property
     def met(self) -> bool:
-        return self.ratio <= self.bound if self.at_most else self.ratio >= self.bound
+        return self._meets(self.ratio, self.bound)
 
     @property
     def aim_met(self) -> bool:
-        return self.ratio <= self.aim if self.at_most else self.ratio >= self.aim
+        return self._meets(self.ratio, self.aim)
+
+    @property
+    def met_at_roofline(self) -> bool | None:
+        """Whether the bare passes would do; None where there are none."""
+        return None if self.at_roofline is None else self._meets(self.at_roofline, self.bound)
+
+    def _meets(self, ratio: float, bound: float) -> bool:
+        return ratio <= bound if self.at_most else ratio >= bound
 
 
 def verdicts(results: list[Result]) -> list[Verdict]:
