@@ -2050,6 +2050,8 @@ cdef inline void claim_edges(
 
 
 cdef inline void wait_for_others(const Part* part) noexcept nogil:
+    """OpenMP's barrier, in which who waits long sleeps. With a flag of each thread's own, which others watch, 64x1024
+    took 0.97 of the time, 16384x64 0.99, but beside a busy process 16384x64 2.5 times as long, 4096x1024 1.8 times."""
     if part.size > 1:
         team_barrier()
 
