@@ -750,6 +750,7 @@ cdef void normalize_channels(
 
 
 cdef inline double finite_or_zero(double value) noexcept nogil:
+    """What to take off a sum that, if it is infinite, shall stay so: infinity, or 0 times it, would make it NaN."""
     return value if value - value == 0 else 0
 
 

@@ -608,6 +608,7 @@ def normalize_channels(
 
 @helper
 def finite_or_zero(value):
+    """What to take off a sum that, if it is infinite, shall stay so: infinity, or 0 times it, would make it NaN."""
     return value if value - value == 0 else 0.0
 
 
