@@ -82,9 +82,16 @@ cdef int launch_inference(
 ) except -1:
     cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
     cdef bint stream = streams(&plan, 2 * sizeof(floating), x == y)
-    with nogil, parallel(num_threads=team):
-        inference_worker(x, stride, &plan, mean, var, gamma, beta, eps, relu, stream, stats, coefs, y, y_stride)
-    team_give(team)
+    cdef double* copies = NULL
+    try:
+        if team > 1:
+            copies = scratch(&plan, (team - 1) * (STATISTICS + COEFFICIENTS))
+        with nogil, parallel(num_threads=team):
+            inference_worker(x, stride, &plan, mean, var, gamma, beta, eps, relu, stream, stats, coefs, copies,
+                             y, y_stride)
+    finally:
+        team_give(team)
+        free(copies)
     return 0
 
 

@@ -74,6 +74,7 @@ def in_command(tally, name, words):
             [sys.executable, "-P", "-m", "fastbn", *words], cwd=folder, start_new_session=True,
             env=os.environ | {"PYTHONPATH": str(Path(fastbn.__file__).parents[1])},
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
         )
         try:
             begun(process, name)
