@@ -1432,6 +1432,17 @@ cdef void grad_sums_run(
         grad_sums_rows(dy + done, width, x + done, width, 1, length - done, False, far, mean, coefs, relu, s1, s2)
 
 
+cdef void grad_sums_rest(
+    const floating* dy, const floating* x, Py_ssize_t n_columns, const double* mean, const floating* coefs, bint relu,
+    double* s1, double* s2,
+) noexcept nogil:
+    """Fewer values than a row of LANES has; by way of grad_sums_rows, 32x256x14x14 took 1.09 times as long."""
+    if relu:
+        grad_sums_group(dy, LANES, x, LANES, 1, n_columns, 0, 0, False, mean, coefs, True, s1, s2)
+    else:
+        grad_sums_group(dy, LANES, x, LANES, 1, n_columns, 0, 0, False, mean, coefs, False, s1, s2)
+
+
 cdef inline void grad_sums_lanes(
     const floating* dy, Py_ssize_t dy_ahead, const floating* x, Py_ssize_t x_ahead, Py_ssize_t length, bint far,
     const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
@@ -1440,7 +1451,7 @@ cdef inline void grad_sums_lanes(
     cdef Py_ssize_t n_rows = length // LANES, done = n_rows * LANES
     grad_sums_rows_by(dy, LANES, x, LANES, n_rows, ROWS, LANES, dy_ahead, x_ahead, far, mean, coefs, relu, s1, s2)
     if done < length:
-        grad_sums_rows(dy + done, LANES, x + done, LANES, 1, length - done, False, far, mean, coefs, relu, s1, s2)
+        grad_sums_rest(dy + done, x + done, length - done, mean, coefs, relu, s1, s2)
 
 
 cdef void grad_sums_apart(
@@ -1475,6 +1486,8 @@ cdef void grad_moments_task(
     cdef Py_ssize_t width = channels * plan.repeat, wide = plan.sums_fold * width, step = step_rows(plan)
     cdef Py_ssize_t index, r, c, i, n, last
     cdef bint far = is_far(plan, 2 * sizeof(floating))
+    cdef Py_ssize_t dy_ahead = lead(dy_stride, channels * plan.inner, far)
+    cdef Py_ssize_t x_ahead = lead(x_stride, channels * plan.inner, far)
     cdef Block block
     spread_rows(channel_mean, 1, plan, plan.sums_fold, c0, channels, mean)
     spread_rows(channel_coefs, 3, plan, plan.sums_fold, c0, channels, coefs)
@@ -1494,8 +1507,7 @@ cdef void grad_moments_task(
                 for c in range(channels):
                     i = c * plan.inner + block.start
                     n = c * LANES
-                    grad_sums_lanes(dy + r * dy_stride + i, lead(dy_stride, channels * plan.inner, far),
-                                    x + r * x_stride + i, lead(x_stride, channels * plan.inner, far), block.length, far,
+                    grad_sums_lanes(dy + r * dy_stride + i, dy_ahead, x + r * x_stride + i, x_ahead, block.length, far,
                                     mean + n, coefs + n, relu, s1 + n, s2 + n)
         elif plan.sums_fold == 1:
             grad_sums_rows(dy + block.row * dy_stride, dy_stride, x + block.row * x_stride, x_stride,
