@@ -13,8 +13,9 @@ from numba.extending import intrinsic, lower_builtin, models, register_model
 
 LINE = 64  # bytes of a cache line
 AMD = binding.get_host_cpu_name().startswith(("amdfam", "btver", "bdver", "znver"))
-ALIAS_BYTES = 4096 if AMD else 1 << 20  # a load waits for a store before it whose address differs by a multiple of it
 LOADS_TWO = AMD and bool(binding.get_host_cpu_features().get("avx512vp2intersect"))  # vectors a cycle; see machine.h
+# A load waits for a store before it whose address differs by a multiple of this; on a Zen 5 it is not worth going back.
+ALIAS_BYTES = 1 << 62 if LOADS_TWO else 4096 if AMD else 1 << 20
 
 OPTIONS = {"nogil": True, "error_model": "numpy"}
 INTERNAL = {**OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
