@@ -51,6 +51,31 @@ def test_any_number_of_threads_where_nothing_hides_the_offset(compiled, dtype, s
         assert_all_the_same(actual, expected)
 
 
+@pytest.mark.parametrize("channels", [256, 520, 1100])
+@pytest.mark.parametrize("n_chunks", range(2, 12))
+def test_two_threads_wherever_the_border_of_their_chunks_is(compiled, n_chunks, channels):
+    """In the tree of the partial results it may be left or right of a node's middle; tiles may have it elsewhere."""
+    rng = np.random.default_rng(n_chunks)
+    x, grad_y = rng.standard_normal((2, 128 * n_chunks - 5, channels), np.float32)
+    gamma, beta = rng.standard_normal((2, channels), np.float32)
+    expected = everything(x, grad_y, gamma, beta, 1, backend=compiled, num_threads=1)
+    assert_all_the_same(everything(x, grad_y, gamma, beta, 1, backend=compiled, num_threads=2), expected)
+
+
+def test_two_threads_of_four(run_python):
+    """A limit of the system may grant fewer threads than were asked for."""
+    code = """
+import numpy as np, fastbn
+x, grad_y = np.random.default_rng(0).standard_normal((2, 700, 520), np.float32)
+for num_threads in (1, 4):
+    y, saved = fastbn.batch_norm(x, num_threads=num_threads)
+    grad_x, grad_gamma, _ = fastbn.batch_norm_backward(grad_y, saved, num_threads=num_threads)
+    print(*(float(array.sum()) for array in (y, saved.var, grad_x, grad_gamma)))
+"""
+    one, four = run_python(code, OMP_THREAD_LIMIT="2").stdout.splitlines()
+    assert four == one
+
+
 def test_any_number_of_threads_for_a_large_array(compiled):
     data = draw(LARGE, np.dtype(np.float32))
     expected = everything(*data, backend=compiled, num_threads=1)

@@ -29,6 +29,12 @@ cdef double* scratch(const Plan* plan, Py_ssize_t n_rows) except NULL:
     return memory
 
 
+cdef double* scratch_of(const Plan* plan, Py_ssize_t n_rows, int team) except NULL:
+    """For n_rows of each chunk, and what two threads that share channels keep for themselves; they may be all that the
+    system grants of a larger team."""
+    return scratch(plan, n_rows * plan.n_chunks + (2 * OWN_ROWS if team > 1 and not has_own_tiles(plan, 2) else 0))
+
+
 cdef inline bint streams(const Plan* plan, Py_ssize_t itemsize, bint in_place) noexcept nogil:
     """Whether the output is to bypass the caches: with the inputs (itemsize is the sum) it would not fit, and it is not
     the input, whose lines are there."""
@@ -38,14 +44,17 @@ cdef inline bint streams(const Plan* plan, Py_ssize_t itemsize, bint in_place) n
 cdef int launch_moments(
     const floating* x, Py_ssize_t stride, Plan plan, double* mean, double* rest, double* m2, int num_threads,
 ) except -1:
-    cdef double* partial = scratch(&plan, 3 * plan.n_chunks)
     cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
+    cdef double* partial = NULL
     cdef Moments total
     total.mean, total.rest, total.m2 = mean, rest, m2
-    with nogil, parallel(num_threads=team):
-        moments_worker(x, stride, &plan, &total, partial)
-    team_give(team)
-    free(partial)
+    try:
+        partial = scratch(&plan, MOMENTS * plan.n_chunks)
+        with nogil, parallel(num_threads=team):
+            moments_worker(x, stride, &plan, &total, partial)
+    finally:
+        team_give(team)
+        free(partial)
     return 0
 
 
@@ -65,13 +74,16 @@ cdef int launch_batch_norm(
     const floating* x, Py_ssize_t stride, Plan plan, const floating* gamma, const floating* beta, double eps,
     bint relu, double* stats, floating* coefs, floating* y, Py_ssize_t y_stride, int num_threads,
 ) except -1:
-    cdef double* partial = scratch(&plan, 3 * plan.n_chunks)
     cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
     cdef bint stream = streams(&plan, 2 * sizeof(floating), x == y)
-    with nogil, parallel(num_threads=team):
-        batch_norm_worker(x, stride, &plan, gamma, beta, eps, relu, stream, partial, stats, coefs, y, y_stride)
-    team_give(team)
-    free(partial)
+    cdef double* partial = NULL
+    try:
+        partial = scratch_of(&plan, MOMENTS, team)
+        with nogil, parallel(num_threads=team):
+            batch_norm_worker(x, stride, &plan, gamma, beta, eps, relu, stream, partial, stats, coefs, y, y_stride)
+    finally:
+        team_give(team)
+        free(partial)
     return 0
 
 
@@ -99,14 +111,17 @@ cdef int launch_grad_moments(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, Plan plan,
     const double* mean, const floating* coefs, bint relu, double* sum_dy, double* sum_dy_xmu, int num_threads,
 ) except -1:
-    cdef double* partial = scratch(&plan, 2 * plan.n_chunks)
     cdef int team = team_take(team_wanted(&plan, 2 * sizeof(floating), num_threads))
-    with nogil, parallel(num_threads=team):
-        grad_moments_worker(dy, dy_stride, x, x_stride, &plan, mean, coefs, relu, partial)
-    team_give(team)
-    memcpy(sum_dy, partial, plan.channels * sizeof(double))
-    memcpy(sum_dy_xmu, partial + plan.channels, plan.channels * sizeof(double))
-    free(partial)
+    cdef double* partial = NULL
+    try:
+        partial = scratch(&plan, SUMS * plan.n_chunks)
+        with nogil, parallel(num_threads=team):
+            grad_moments_worker(dy, dy_stride, x, x_stride, &plan, mean, coefs, relu, partial)
+        memcpy(sum_dy, partial, plan.channels * sizeof(double))
+        memcpy(sum_dy_xmu, partial + plan.channels, plan.channels * sizeof(double))
+    finally:
+        team_give(team)
+        free(partial)
     return 0
 
 
@@ -128,15 +143,20 @@ cdef int launch_batch_norm_backward(
     const double* stats, const floating* coefs, bint relu, bint training,
     floating* grads, floating* grad_x, Py_ssize_t grad_x_stride, int num_threads,
 ) except -1:
-    cdef double* partial = scratch(&plan, 2 * plan.n_chunks + 4)
-    cdef floating* linear = <floating*>(partial + 2 * plan.n_chunks * plan.channels)
     cdef int team = team_take(team_wanted(&plan, 2 * sizeof(floating), num_threads))
     cdef bint stream = streams(&plan, 3 * sizeof(floating), dy == grad_x)
-    with nogil, parallel(num_threads=team):
-        batch_norm_backward_worker(dy, dy_stride, x, x_stride, &plan, stats, coefs, relu, training, stream,
-                                   partial, linear, grads, grad_x, grad_x_stride)
-    team_give(team)
-    free(partial)
+    cdef double* partial = NULL
+    cdef double* linear = NULL
+    try:
+        partial = scratch_of(&plan, SUMS, team)
+        linear = scratch(&plan, LINEAR)
+        with nogil, parallel(num_threads=team):
+            batch_norm_backward_worker(dy, dy_stride, x, x_stride, &plan, stats, coefs, relu, training, stream,
+                                       partial, <floating*>linear, grads, grad_x, grad_x_stride)
+    finally:
+        team_give(team)
+        free(partial)
+        free(linear)
     return 0
 
 
