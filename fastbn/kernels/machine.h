@@ -172,31 +172,30 @@ static inline double hidden_one(void) {
     return one;
 }
 
-/* What sums_strip does with 16 columns, in vectors of AVX2 and the same bits; `held` sums go on from s1 and s2. */
+/* Adds 16 columns of some rows, less the pivot, to s1 and their squares to s2, row by row and in vectors of AVX2. */
 static inline void sums_halves(
-    const float *x, ptrdiff_t stride, ptrdiff_t n_rows, int held, const double *pivot, double *s1, double *s2
+    const float *x, ptrdiff_t stride, ptrdiff_t n_rows, const double *pivot, double *s1, double *s2
 ) {
 #if defined(__AVX512F__)
     const __m256d one = _mm256_set1_pd(hidden_one());
     __m256d center[4], strip1[4], strip2[4];
     for (int j = 0; j < 4; j++) {
         center[j] = _mm256_loadu_pd(pivot + 4 * j);
-        __m256d d = _mm256_sub_pd(_mm256_cvtps_pd(_mm_loadu_ps(x + 4 * j)), center[j]);
-        strip1[j] = held ? _mm256_add_pd(_mm256_loadu_pd(s1 + 4 * j), d) : d;
-        strip2[j] = held ? _mm256_fmadd_pd(d, d, _mm256_loadu_pd(s2 + 4 * j)) : _mm256_mul_pd(d, d);
+        strip1[j] = _mm256_loadu_pd(s1 + 4 * j);
+        strip2[j] = _mm256_loadu_pd(s2 + 4 * j);
     }
-    for (ptrdiff_t r = 1; r < n_rows; r++)
+    for (ptrdiff_t r = 0; r < n_rows; r++)
         for (int j = 0; j < 4; j++) {
             __m256d d = _mm256_sub_pd(_mm256_cvtps_pd(_mm_loadu_ps(x + r * stride + 4 * j)), center[j]);
             strip1[j] = _mm256_fmadd_pd(d, one, strip1[j]);
             strip2[j] = _mm256_fmadd_pd(d, d, strip2[j]);
         }
     for (int j = 0; j < 4; j++) {
-        _mm256_storeu_pd(s1 + 4 * j, held ? strip1[j] : _mm256_add_pd(_mm256_loadu_pd(s1 + 4 * j), strip1[j]));
-        _mm256_storeu_pd(s2 + 4 * j, held ? strip2[j] : _mm256_add_pd(_mm256_loadu_pd(s2 + 4 * j), strip2[j]));
+        _mm256_storeu_pd(s1 + 4 * j, strip1[j]);
+        _mm256_storeu_pd(s2 + 4 * j, strip2[j]);
     }
 #else
-    (void)x, (void)stride, (void)n_rows, (void)held, (void)pivot, (void)s1, (void)s2;
+    (void)x, (void)stride, (void)n_rows, (void)pivot, (void)s1, (void)s2;
 #endif
 }
 
