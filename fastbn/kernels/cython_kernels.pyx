@@ -18,9 +18,6 @@ cdef extern from "machine.h" nogil:
     void team_barrier()
     uintptr_t alias_bytes()
     int loads_two()
-    int converts_halves()
-    void sums_halves(
-        const float* x, Py_ssize_t stride, Py_ssize_t n_rows, const double* pivot, double* s1, double* s2)
     void prefetch(const void* address)
     void prefetch_far(const void* address)
     void prefetch_write(const void* address)
@@ -429,7 +426,6 @@ cdef inline void prefetch_rows(
 
 cdef inline void sums_group(
     const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t ahead, bint far,
-    bint halves,               # IN   whether to take vectors of half the size
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t j = 0, r
@@ -440,10 +436,7 @@ cdef inline void sums_group(
         if floating is float and far and stride == LANES:
             for r in range(n_rows, 2 * n_rows):
                 prefetch(x + r * LANES)
-        if halves and floating is float:
-            sums_halves(<const float*>hidden(x + j), stride, n_rows, pivot + j, s1 + j, s2 + j)
-        else:
-            sums_strip(<const floating*>hidden(x + j), stride, n_rows, STRIP, False, False, pivot + j, s1 + j, s2 + j)
+        sums_strip(<const floating*>hidden(x + j), stride, n_rows, STRIP, False, False, pivot + j, s1 + j, s2 + j)
         j += STRIP
     if (width - j) & 8:
         sums_strip(x + j, stride, n_rows, 8, False, False, pivot + j, s1 + j, s2 + j)
@@ -458,21 +451,21 @@ cdef inline void sums_group(
 
 cdef inline void sums_rows_as(
     const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t ahead, bint far,
-    bint halves, const double* pivot, double* s1, double* s2,
+    const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t _i
     for _i in range(n_rows // ROWS):
-        sums_group(x, stride, ROWS, width, ahead, far, halves, pivot, s1, s2)
+        sums_group(x, stride, ROWS, width, ahead, far, pivot, s1, s2)
         x += ROWS * stride
     # The rest in literal sizes, which the compiler unrolls.
     if n_rows & 4:
-        sums_group(x, stride, 4, width, ahead, far, halves, pivot, s1, s2)
+        sums_group(x, stride, 4, width, ahead, far, pivot, s1, s2)
         x += 4 * stride
     if n_rows & 2:
-        sums_group(x, stride, 2, width, ahead, far, halves, pivot, s1, s2)
+        sums_group(x, stride, 2, width, ahead, far, pivot, s1, s2)
         x += 2 * stride
     if n_rows & 1:
-        sums_group(x, stride, 1, width, ahead, far, halves, pivot, s1, s2)
+        sums_group(x, stride, 1, width, ahead, far, pivot, s1, s2)
 
 
 cdef inline void sums_held(
@@ -498,29 +491,9 @@ cdef void sums_rows(
     elif held:
         sums_held(x, stride, n_rows, width, False, pivot, s1, s2)
     elif far:  # a literal in each branch: tested in each strip, the flag took float64 3 to 7 % longer
-        sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, True, False, pivot, s1, s2)
+        sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, True, pivot, s1, s2)
     else:
-        sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, False, False, pivot, s1, s2)
-
-
-cdef void sums_held_halves(
-    const floating* x, Py_ssize_t n_rows, Py_ssize_t width, const double* pivot, double* s1, double* s2,
-) noexcept nogil:
-    """What sums_held does, of contiguous rows and in the same bits, but in vectors of half the size, too many for the
-    registers: the accumulators lie in L1. Zen 4, two threads: moments of 16384x64 0.9 to 0.93 of the time, of 62500x64
-    0.92 to 1.02, of 512x256 and 256x512 0.89 to 1.06. Every other row of 62500x64 would take 1.2 times as long."""
-    cdef double strip1[TILE]
-    cdef double strip2[TILE]
-    cdef Py_ssize_t j, r = 0
-    while r < n_rows:
-        memset(strip1, 0, width * sizeof(double))
-        memset(strip2, 0, width * sizeof(double))
-        sums_rows_as(x + r * width, width, min(HELD_ROWS, n_rows - r), width, COLUMNS_AHEAD, False, True,
-                     pivot, strip1, strip2)
-        for j in range(width):
-            s1[j] += strip1[j]
-            s2[j] += strip2[j]
-        r += HELD_ROWS
+        sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, False, pivot, s1, s2)
 
 
 cdef void sums_run(
@@ -529,10 +502,7 @@ cdef void sums_run(
 ) noexcept nogil:
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     cdef Py_ssize_t n_rows = length // width
-    if held and floating is float and not far and converts_halves():
-        sums_held_halves(x, n_rows, width, pivot, s1, s2)
-    else:
-        sums_rows(x, width, n_rows, width, held, far, pivot, s1, s2)
+    sums_rows(x, width, n_rows, width, held, far, pivot, s1, s2)
     if n_rows * width < length:
         sums_rows(x + n_rows * width, width, 1, length - n_rows * width, False, far, pivot, s1, s2)
 
@@ -543,11 +513,11 @@ cdef void sums_lanes(
     """The same as rows of LANES: by a literal, runs of 196 take half the time; a call for the rest takes a quarter."""
     cdef Py_ssize_t n_rows = length // LANES
     if far:  # a literal in each branch: tested in each strip, the flag took 32x256x14x14 10 to 20 % longer
-        sums_rows_as(x, LANES, n_rows, LANES, ahead, True, False, pivot, s1, s2)
+        sums_rows_as(x, LANES, n_rows, LANES, ahead, True, pivot, s1, s2)
     else:
-        sums_rows_as(x, LANES, n_rows, LANES, ahead, False, False, pivot, s1, s2)
+        sums_rows_as(x, LANES, n_rows, LANES, ahead, False, pivot, s1, s2)
     if n_rows * LANES < length:
-        sums_group(x + n_rows * LANES, LANES, 1, length - n_rows * LANES, ahead, False, False, pivot, s1, s2)
+        sums_group(x + n_rows * LANES, LANES, 1, length - n_rows * LANES, ahead, False, pivot, s1, s2)
 
 
 cdef void sums_apart(
@@ -574,10 +544,10 @@ cdef void sums_block(
             for c in range(channels):
                 sums_lanes(x + r * stride + c * plan.inner, length, lead(stride, channels * plan.inner, far), far,
                            pivot + c * LANES, s1 + c * LANES, s2 + c * LANES)
-    elif stride == width:
-        sums_run(x, n_rows * width, plan.sums_fold * width, plan.held, far, pivot, s1, s2)
     elif plan.sums_fold == 1:
         sums_rows(x, stride, n_rows, width, plan.held, far, pivot, s1, s2)
+    elif stride == width:
+        sums_run(x, n_rows * width, plan.sums_fold * width, plan.held, far, pivot, s1, s2)
     else:
         for i in range(ceil_div(n_rows, step)):
             r = i * step

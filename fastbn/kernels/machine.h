@@ -71,16 +71,6 @@ static inline int loads_two(void) {
 #endif
 }
 
-/* Whether floats become doubles faster in vectors of AVX2: a Zen 4 takes for eight of them 1.33 cycles in one vector and
-   1 in two; with what the sums make of them, 2.97 and 2.02. */
-static inline int converts_halves(void) {
-#if defined(__AVX512F__) && defined(__GNUC__)
-    return __builtin_cpu_is("amd") && !loads_two();
-#else
-    return 0;
-#endif
-}
-
 /* A load waits for a store before it whose address differs by a multiple of this: of a page on Zen 4, on a Sapphire Rapids
    of 1 MiB of physical memory (in huge pages, which NumPy asks for, of virtual memory as well). On a Zen 5 going back to be
    out of the way took 65536x256 affine 1.27 times as long as to wait, the gradients of 4096x1024 1.14; so there, of none. */
@@ -170,33 +160,6 @@ static inline double hidden_one(void) {
     __asm__("" : "+x"(one));
 #endif
     return one;
-}
-
-/* Adds 16 columns of some rows, less the pivot, to s1 and their squares to s2, row by row and in vectors of AVX2. */
-static inline void sums_halves(
-    const float *x, ptrdiff_t stride, ptrdiff_t n_rows, const double *pivot, double *s1, double *s2
-) {
-#if defined(__AVX512F__)
-    const __m256d one = _mm256_set1_pd(hidden_one());
-    __m256d center[4], strip1[4], strip2[4];
-    for (int j = 0; j < 4; j++) {
-        center[j] = _mm256_loadu_pd(pivot + 4 * j);
-        strip1[j] = _mm256_loadu_pd(s1 + 4 * j);
-        strip2[j] = _mm256_loadu_pd(s2 + 4 * j);
-    }
-    for (ptrdiff_t r = 0; r < n_rows; r++)
-        for (int j = 0; j < 4; j++) {
-            __m256d d = _mm256_sub_pd(_mm256_cvtps_pd(_mm_loadu_ps(x + r * stride + 4 * j)), center[j]);
-            strip1[j] = _mm256_fmadd_pd(d, one, strip1[j]);
-            strip2[j] = _mm256_fmadd_pd(d, d, strip2[j]);
-        }
-    for (int j = 0; j < 4; j++) {
-        _mm256_storeu_pd(s1 + 4 * j, strip1[j]);
-        _mm256_storeu_pd(s2 + 4 * j, strip2[j]);
-    }
-#else
-    (void)x, (void)stride, (void)n_rows, (void)pivot, (void)s1, (void)s2;
-#endif
 }
 
 /* 0, which the compiler does not know: to clear sums that will stay in registers, it would have memory set. */
