@@ -2050,7 +2050,7 @@ cdef inline Band band_of(const Plan* plan, const Part* part) noexcept nogil:
 
 cdef inline void claim_rows(floating* rows, Py_ssize_t n, const Plan* plan, const Part* part) noexcept nogil:
     """Fetch, to write, this thread's channels of rows that the others read in the last call, before the sums: after
-    them, each store would wait for its line (256x512 on two threads: 16 lines a row, forward 0.98 of the time)."""
+    them, each store would wait for its line (256x512: forward 0.98 of the time, when two threads still did so)."""
     cdef Py_ssize_t i, j, c0 = channel_share(part, 0), n_strips = ceil_div(channel_share(part, 1) - c0, STRIP)
     for i in range(n if part.size > 1 else 0):
         for j in range(n_strips):
@@ -2139,7 +2139,7 @@ cdef inline double* own_rows(const Plan* plan, const Part* part, Py_ssize_t n_ro
     """This thread's, behind the n_rows of each chunk, if it merges all channels and computes their coefficients for
     itself, else NULL. Of two threads neither then waits for the other again, nor writes beside it in the same rows,
     where each processor, fetching ahead, takes the other's lines: Zen 4, 256x512 and 128x1024 forward 0.87 of the time,
-    backward 0.93 and 0.98, while a line takes 350 ns there and back; while it takes 140 ns, 0.98 to 1."""
+    backward 0.93 and 0.98, while a line takes 350 ns there and back; while it takes 140 ns, 0.98 to 1.04."""
     return partial + (n_rows * plan.n_chunks + OWN_ROWS * part.rank) * plan.channels if part.size == 2 else NULL
 
 
