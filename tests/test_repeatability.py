@@ -139,14 +139,26 @@ def test_repeated_calls(compiled, dtype, layout):
         assert_all_the_same(everything(*data, backend=compiled), expected)
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("layout", ROW_LAYOUTS)
-def test_any_row_stride(compiled, dtype, layout):
+def test_any_row_stride(compiled, dtype, layout, activation):
     x, grad_y, gamma, beta, axis = drawn(layout, dtype)
-    expected = everything(x.copy(), grad_y.copy(), gamma, beta, axis, backend=compiled)
-    assert_all_the_same(everything(x, grad_y, gamma, beta, axis, backend=compiled), expected)
+    options = {"backend": compiled, "activation": activation}
+    expected = everything(x.copy(), grad_y.copy(), gamma, beta, axis, **options)
+    assert_all_the_same(everything(x, grad_y, gamma, beta, axis, **options), expected)
     # one strided, the other not
-    assert_all_the_same(everything(x, grad_y.copy(), gamma, beta, axis, backend=compiled), expected)
-    assert_all_the_same(everything(x.copy(), grad_y, gamma, beta, axis, backend=compiled), expected)
+    assert_all_the_same(everything(x, grad_y.copy(), gamma, beta, axis, **options), expected)
+    assert_all_the_same(everything(x.copy(), grad_y, gamma, beta, axis, **options), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_relu_that_is_never_off(compiled, dtype, layout):
+    """Its kernels are others, their results the same."""
+    x, grad_y, gamma, beta, axis = drawn(layout, dtype)
+    data = x, grad_y, gamma, np.full_like(beta, 1000), axis
+    expected = everything(*data, backend=compiled, activation=None)
+    assert expected[0].min() > 0
+    assert_all_the_same(everything(*data, backend=compiled, activation="relu"), expected)
 
 
 @pytest.mark.parametrize("layout", ROW_LAYOUTS)

@@ -162,6 +162,15 @@ static inline double hidden_one(void) {
     return one;
 }
 
+/* x * y + z, in one rounding where the instruction set can: whatever else a compiler fuses, sums have the same bits. */
+static inline double multiply_add(double x, double y, double z) {
+#if defined(__FMA__) && defined(__GNUC__)
+    return __builtin_fma(x, y, z);
+#else
+    return x * y + z;
+#endif
+}
+
 /* 0, which the compiler does not know: to clear sums that will stay in registers, it would have memory set. */
 static inline double hidden_zero(void) {
     double zero = 0;
