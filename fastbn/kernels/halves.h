@@ -7,15 +7,6 @@
 
 #include "machine.h"
 
-/* Whether the processor is such a one: an AMD that does not load two vectors of AVX-512 a cycle. */
-static inline int has_halves(void) {
-#if defined(__AVX512F__) && defined(__GNUC__)
-    return __builtin_cpu_is("amd") && !loads_two();
-#else
-    return 0;
-#endif
-}
-
 #if defined(__AVX512F__)
 enum {
     HALF = 32,             /* columns, in ... */

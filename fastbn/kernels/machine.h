@@ -71,6 +71,15 @@ static inline int loads_two(void) {
 #endif
 }
 
+/* Whether it is a Zen 4, by what it has: AVX-512, and loads one such vector a cycle. */
+static inline int is_zen4(void) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512f") && !loads_two();
+#else
+    return 0;
+#endif
+}
+
 /* A load waits for a store before it whose address differs by a multiple of this: of a page on Zen 4, on a Sapphire Rapids
    of 1 MiB of physical memory (in huge pages, which NumPy asks for, of virtual memory as well). On a Zen 5 going back to be
    out of the way took 65536x256 affine 1.27 times as long as to wait, the gradients of 4096x1024 1.14; so there, of none. */

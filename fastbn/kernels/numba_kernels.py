@@ -17,6 +17,7 @@ from fastbn.kernels.numba_machine import (
     DOUBLES,
     LINE,
     LOADS_TWO,
+    ZEN4,
     address,
     at,
     cleared,
@@ -725,6 +726,12 @@ def next_column(j, n_columns, width):
 
 
 @helper
+def fetches_ahead(near, stream):
+    """Whether the elementwise passes do, strip by strip. A Zen 4 itself finds what lies in its caches."""
+    return stream or not (near or ZEN4)
+
+
+@helper
 def trails(y, x):
     """Whether y lies less than two strips behind x, not counting what the processor does not tell apart: x's next strip
     would wait for the strip of y that was just stored."""
@@ -993,14 +1000,14 @@ def affine_pairs(x, n_pairs, width, coefs, relu, near, y):
 
 
 @inline
-def affine_run(x, x_ahead, length, width, coefs, relu, stream, y, y_ahead):
+def affine_run(x, x_ahead, length, width, coefs, relu, near, stream, y, y_ahead):
     one = np.int64(1)
     n_pairs = count_pairs(y, length, width, stream)
     begin = before_line(y) if n_pairs > 0 else 0
     done = begin + n_pairs * 2 * width
     if n_pairs > 0:
         affine_rest(x, begin, coefs, relu, y)
-        affine_pairs(at(x, begin), n_pairs, width, at(coefs, begin), relu, y_ahead == 0, at(y, begin))
+        affine_pairs(at(x, begin), n_pairs, width, at(coefs, begin), relu, near, at(y, begin))
     affine_runs(at(x, done), one, x_ahead, one, length - done, width, at(coefs, begin), relu, stream,
                 at(y, done), one, y_ahead)
 
@@ -1020,7 +1027,8 @@ def affine_task(
     step = ROWS * plan.fold
     segment = channels * plan.inner if plan.by_inner else width
     x_ahead = lead(stride, segment, False) * (2 if stream else 1)  # into L1 even so: one input needs no more
-    y_ahead = 0 if is_near(plan, size_of(x)) else lead(y_stride, segment, False)
+    near = is_near(plan, size_of(x))
+    y_ahead = lead(y_stride, segment, False) if fetches_ahead(near, stream) else 0
     stream_rows = stream and (plan.fold == 1 or has_whole_lines(y, y_stride))
     one_run = not plan.by_inner and stride == width and y_stride == width
     joined = stream and not stream_rows and y_stride == width
@@ -1041,13 +1049,13 @@ def affine_task(
                                     at(y, r * y_stride + i), y_ahead)
         elif one_run:
             i = block.row * width
-            affine_run(at(x, i), x_ahead, block.n_rows * width, plan.fold * width, coefs, relu, stream, at(y, i),
-                       y_ahead)
+            affine_run(at(x, i), x_ahead, block.n_rows * width, plan.fold * width, coefs, relu, near, stream,
+                       at(y, i), y_ahead)
         elif width < NARROW and y_stride == width:
             for r in range(block.row, last, step):
                 n = min(step, last - r)
                 affine_run(gather(at(x, r * stride), stride, n, width, x_buffer), np.int64(0), n * width,
-                           plan.fold * width, coefs, relu, stream, at(y, r * width), y_ahead)
+                           plan.fold * width, coefs, relu, near, stream, at(y, r * width), y_ahead)
         elif stream_rows:
             affine_runs(at(x, block.row * stride), stride, x_ahead, block.n_rows, width, width, coefs, relu,
                         stream_rows, at(y, block.row * y_stride), y_stride, y_ahead)
@@ -1528,6 +1536,13 @@ def grad_affine_joined(
 
 
 @inline
+def grad_affine_loaded(dy, x, n_columns, coefs, relu, center, slope, shift, rest, factor, grad_x):
+    """In training, where the coefficients are in registers, but for those of the gate."""
+    g = gate(load(dy, n_columns), x, n_columns, coefs, relu)
+    store(grad_x, factor * muladd(center - load(x, n_columns), slope, (g - shift) - rest))
+
+
+@inline
 def grad_affine_pair(
     dy,         # IN   a strip of two rows, one behind the other
     x,          # IN   likewise
@@ -1536,11 +1551,9 @@ def grad_affine_pair(
 ):
     center, slope = load(at(coefs, CENTER), STRIP), load(at(coefs, SLOPE), STRIP)
     shift, rest, factor = load(at(coefs, SHIFT), STRIP), load(at(coefs, REST), STRIP), load(at(coefs, FACTOR), STRIP)
-    g = gate(load(dy, STRIP), x, STRIP, coefs, relu)
-    store(grad_x, factor * muladd(center - load(x, STRIP), slope, (g - shift) - rest))
-    x = at(x, width)
-    g = gate(load(at(dy, width), STRIP), x, STRIP, coefs, relu)
-    store(at(grad_x, width), factor * muladd(center - load(x, STRIP), slope, (g - shift) - rest))
+    grad_affine_loaded(dy, x, STRIP, coefs, relu, center, slope, shift, rest, factor, grad_x)
+    grad_affine_loaded(at(dy, width), at(x, width), STRIP, coefs, relu, center, slope, shift, rest, factor,
+                       at(grad_x, width))
 
 
 @inline
@@ -1572,15 +1585,45 @@ def grad_affine_pairs(dy, x, n_pairs, width, coefs, relu, near, grad_x):
 
 
 @inline
-def grad_affine_run(dy, dy_ahead, x, x_ahead, length, width, coefs, relu, training, stream, grad_x, grad_x_ahead):
+def grad_affine_held_as(dy, x, n_rows, coefs, relu, grad_x):
+    center, slope = load(at(coefs, CENTER), HELD), load(at(coefs, SLOPE), HELD)
+    shift, rest, factor = load(at(coefs, SHIFT), HELD), load(at(coefs, REST), HELD), load(at(coefs, FACTOR), HELD)
+    for row in range(n_rows):
+        rolled()
+        i = row * HELD
+        grad_affine_loaded(at(dy, i), at(x, i), HELD, coefs, relu, center, slope, shift, rest, factor, at(grad_x, i))
+
+
+@helper
+def grad_affine_held(dy, x, n_rows, coefs, relu, grad_x):
+    """Rows of HELD columns, one behind the other, with the coefficients in registers."""
+    outline()
+    if relu:
+        grad_affine_held_as(dy, x, n_rows, coefs, True, grad_x)
+    else:
+        grad_affine_held_as(dy, x, n_rows, coefs, False, grad_x)
+
+
+@inline
+def grad_affine_run(
+    dy, dy_ahead, x, x_ahead, length, width,
+    held,       # IN   whether rows of HELD columns may go through grad_affine_held
+    coefs, relu, training, near, stream, grad_x, grad_x_ahead,
+):
     one = np.int64(1)
-    n_pairs = count_pairs(grad_x, length, width, stream or not training)
-    begin = before_line(grad_x) if n_pairs > 0 else 0
-    done = begin + n_pairs * 2 * width
-    if n_pairs > 0:
+    held = held and training and not stream and not grad_goes_back(grad_x, dy, x, 1)
+    if held:
+        n = max(0, length - before_line(grad_x)) // HELD
+    else:
+        n = count_pairs(grad_x, length, width, stream or not training)
+    begin = before_line(grad_x) if n > 0 else 0
+    done = begin + n * (HELD if held else 2 * width)
+    if n > 0:
         grad_affine_rest(dy, x, begin, coefs, relu, training, grad_x)
-        grad_affine_pairs(at(dy, begin), at(x, begin), n_pairs, width, at(coefs, begin), relu, grad_x_ahead == 0,
-                          at(grad_x, begin))
+    if n > 0 and held:
+        grad_affine_held(at(dy, begin), at(x, begin), n, at(coefs, begin), relu, at(grad_x, begin))
+    elif n > 0:
+        grad_affine_pairs(at(dy, begin), at(x, begin), n, width, at(coefs, begin), relu, near, at(grad_x, begin))
     grad_affine_runs(at(dy, done), one, dy_ahead, at(x, done), one, x_ahead, one, length - done, width,
                      at(coefs, begin), relu, training, stream, at(grad_x, done), one, grad_x_ahead)
 
@@ -1602,10 +1645,12 @@ def grad_affine_task(
     step = ROWS * plan.fold
     segment = channels * plan.inner if plan.by_inner else width
     dy_ahead, x_ahead = lead(dy_stride, segment, stream), lead(x_stride, segment, stream)
-    grad_x_ahead = 0 if is_near(plan, size_of(x)) else lead(grad_x_stride, segment, False)
+    near = is_near(plan, size_of(x))
+    grad_x_ahead = lead(grad_x_stride, segment, False) if fetches_ahead(near, stream) else 0
     stream_rows = stream and (plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride))
     one_run = not plan.by_inner and dy_stride == width and x_stride == width and grad_x_stride == width
     joined = stream and not stream_rows and grad_x_stride == width
+    held = plan.held and HELD % width == 0 and size_of(x) == 4 and ZEN4
     aligned = not plan.by_inner and (one_run or joined or on_lines(grad_x, grad_x_stride, width))
     coefs = place_coefs(memory, before_line(grad_x) if aligned else 0)
     spread_rows(channel_coefs, 3, plan, plan.fold, c0, channels, coefs)
@@ -1627,13 +1672,14 @@ def grad_affine_task(
         elif one_run:
             i = block.row * width
             grad_affine_run(at(dy, i), dy_ahead, at(x, i), x_ahead, block.n_rows * width, plan.fold * width,
-                            coefs, relu, training, stream, at(grad_x, i), grad_x_ahead)
+                            held, coefs, relu, training, near, stream, at(grad_x, i), grad_x_ahead)
         elif width < NARROW and grad_x_stride == width:
             for r in range(block.row, last, step):
                 n = min(step, last - r)
                 grad_affine_run(gather(at(dy, r * dy_stride), dy_stride, n, width, dy_buffer), np.int64(0),
                                 gather(at(x, r * x_stride), x_stride, n, width, x_buffer), np.int64(0), n * width,
-                                plan.fold * width, coefs, relu, training, stream, at(grad_x, r * width), grad_x_ahead)
+                                plan.fold * width, held, coefs, relu, training, near, stream, at(grad_x, r * width),
+                                grad_x_ahead)
         elif stream_rows:
             grad_affine_runs(at(dy, block.row * dy_stride), dy_stride, dy_ahead,
                              at(x, block.row * x_stride), x_stride, x_ahead, block.n_rows, width, width,
