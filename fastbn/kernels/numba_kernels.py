@@ -717,6 +717,19 @@ def count_pairs(y, length, width, stream):
 
 
 @helper
+def holds(plan, width, itemsize):
+    """Whether rows of `width` columns, one behind the other, make up rows of HELD and are taken as such, with the
+    coefficients in registers, which only floats leave room for. Measured on a Zen 4 alone."""
+    return itemsize == 4 and plan.held and HELD % width == 0 and ZEN4
+
+
+@helper
+def count_held(y, length):
+    """How many rows of HELD columns there are behind a run's first line."""
+    return max(0, length - before_line(y)) // HELD
+
+
+@helper
 def next_column(j, n_columns, width):
     """The column n_columns behind column j in rows of `width` that lie one behind the other."""
     j += n_columns
@@ -959,6 +972,13 @@ def affine_joined(x, stride, x_ahead, n_rows, width, coefs, relu, y):
 
 
 @inline
+def affine_loaded(x, n_columns, relu, center, scale, offset, y):
+    """Where the coefficients are in registers."""
+    value = muladd(load(x, n_columns) - center, scale, offset)
+    store(y, cleared(is_off(value, relu), value))
+
+
+@inline
 def affine_pair(
     x,          # IN   a strip of two rows, one behind the other
     width, coefs, relu,
@@ -966,10 +986,8 @@ def affine_pair(
 ):
     center, scale = load(at(coefs, CENTER), STRIP), load(at(coefs, SCALE), STRIP)
     offset = load(at(coefs, OFFSET), STRIP)
-    value = muladd(load(x, STRIP) - center, scale, offset)
-    store(y, cleared(is_off(value, relu), value))
-    value = muladd(load(at(x, width), STRIP) - center, scale, offset)
-    store(at(y, width), cleared(is_off(value, relu), value))
+    affine_loaded(x, STRIP, relu, center, scale, offset, y)
+    affine_loaded(at(x, width), STRIP, relu, center, scale, offset, at(y, width))
 
 
 @inline
@@ -1000,14 +1018,41 @@ def affine_pairs(x, n_pairs, width, coefs, relu, near, y):
 
 
 @inline
-def affine_run(x, x_ahead, length, width, coefs, relu, near, stream, y, y_ahead):
+def affine_held_as(x, n_rows, coefs, relu, y):
+    center, scale = load(at(coefs, CENTER), HELD), load(at(coefs, SCALE), HELD)
+    offset = load(at(coefs, OFFSET), HELD)
+    for row in range(n_rows):
+        rolled()
+        affine_loaded(at(x, row * HELD), HELD, relu, center, scale, offset, at(y, row * HELD))
+
+
+@helper
+def affine_held(x, n_rows, coefs, relu, y):
+    """Rows of HELD columns, one behind the other, with the coefficients in registers."""
+    outline()
+    if relu:
+        affine_held_as(x, n_rows, coefs, True, y)
+    else:
+        affine_held_as(x, n_rows, coefs, False, y)
+
+
+@inline
+def affine_run(
+    x, x_ahead, length, width,
+    held,       # IN   whether rows of HELD columns may go through affine_held
+    coefs, relu, near, stream, y, y_ahead,
+):
     one = np.int64(1)
-    n_pairs = count_pairs(y, length, width, stream)
-    begin = before_line(y) if n_pairs > 0 else 0
-    done = begin + n_pairs * 2 * width
-    if n_pairs > 0:
+    held = held and not stream and not goes_back(y, x, 1)
+    n = count_held(y, length) if held else count_pairs(y, length, width, stream)
+    begin = before_line(y) if n > 0 else 0
+    done = begin + n * (HELD if held else 2 * width)
+    if n > 0:
         affine_rest(x, begin, coefs, relu, y)
-        affine_pairs(at(x, begin), n_pairs, width, at(coefs, begin), relu, near, at(y, begin))
+    if n > 0 and held:
+        affine_held(at(x, begin), n, at(coefs, begin), relu, at(y, begin))
+    elif n > 0:
+        affine_pairs(at(x, begin), n, width, at(coefs, begin), relu, near, at(y, begin))
     affine_runs(at(x, done), one, x_ahead, one, length - done, width, at(coefs, begin), relu, stream,
                 at(y, done), one, y_ahead)
 
@@ -1032,6 +1077,7 @@ def affine_task(
     stream_rows = stream and (plan.fold == 1 or has_whole_lines(y, y_stride))
     one_run = not plan.by_inner and stride == width and y_stride == width
     joined = stream and not stream_rows and y_stride == width
+    held = holds(plan, width, size_of(x))
     aligned = not plan.by_inner and (one_run or joined or on_lines(y, y_stride, width))
     coefs = place_coefs(memory, before_line(y) if aligned else 0)
     spread_rows(channel_coefs, 3, plan, plan.fold, c0, channels, coefs)
@@ -1049,13 +1095,13 @@ def affine_task(
                                     at(y, r * y_stride + i), y_ahead)
         elif one_run:
             i = block.row * width
-            affine_run(at(x, i), x_ahead, block.n_rows * width, plan.fold * width, coefs, relu, near, stream,
-                       at(y, i), y_ahead)
+            affine_run(at(x, i), x_ahead, block.n_rows * width, plan.fold * width, held, coefs, relu, near,
+                       stream, at(y, i), y_ahead)
         elif width < NARROW and y_stride == width:
             for r in range(block.row, last, step):
                 n = min(step, last - r)
                 affine_run(gather(at(x, r * stride), stride, n, width, x_buffer), np.int64(0), n * width,
-                           plan.fold * width, coefs, relu, near, stream, at(y, r * width), y_ahead)
+                           plan.fold * width, held, coefs, relu, near, stream, at(y, r * width), y_ahead)
         elif stream_rows:
             affine_runs(at(x, block.row * stride), stride, x_ahead, block.n_rows, width, width, coefs, relu,
                         stream_rows, at(y, block.row * y_stride), y_stride, y_ahead)
@@ -1612,10 +1658,7 @@ def grad_affine_run(
 ):
     one = np.int64(1)
     held = held and training and not stream and not grad_goes_back(grad_x, dy, x, 1)
-    if held:
-        n = max(0, length - before_line(grad_x)) // HELD
-    else:
-        n = count_pairs(grad_x, length, width, stream or not training)
+    n = count_held(grad_x, length) if held else count_pairs(grad_x, length, width, stream or not training)
     begin = before_line(grad_x) if n > 0 else 0
     done = begin + n * (HELD if held else 2 * width)
     if n > 0:
@@ -1650,7 +1693,7 @@ def grad_affine_task(
     stream_rows = stream and (plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride))
     one_run = not plan.by_inner and dy_stride == width and x_stride == width and grad_x_stride == width
     joined = stream and not stream_rows and grad_x_stride == width
-    held = plan.held and HELD % width == 0 and size_of(x) == 4 and ZEN4
+    held = holds(plan, width, size_of(x))
     aligned = not plan.by_inner and (one_run or joined or on_lines(grad_x, grad_x_stride, width))
     coefs = place_coefs(memory, before_line(grad_x) if aligned else 0)
     spread_rows(channel_coefs, 3, plan, plan.fold, c0, channels, coefs)
