@@ -67,7 +67,8 @@ cdef enum:
     # which they fetched before, those 4 KiB apart were too many for a set of L1: the backward took 10 to 20 % longer.
     ROWS_AHEAD = 2 * ROWS  # wide rows that they fetch ahead into L2. From memory, Zen 4 on two threads: moments of
     # 1000000x64 12.6 ms without and 5.9 with, the sums of the backward 23 and 13; in L2 1 to 10 % longer.
-    AHEAD = 512           # elements that runs and the elementwise passes fetch ahead: 10 to 25 % from 4 MB up
+    AHEAD = 512           # elements that runs and the elementwise passes fetch ahead: 10 to 25 % from 4 MB up;
+    # but see fetches_ahead
     FAR_AHEAD = 2048      # and of two inputs, or of runs to sum, that will not be in a cache, into L2 instead: of the
     # time, on Zen 4 and two threads, grad_affine of 4096x1024 took 0.7, moments of 32x64x56x56 as much.
     MOMENTS = 3           # a channel: mean, rest, m2
@@ -1008,7 +1009,7 @@ cdef void affine_rest(
 cdef inline void affine_strips(
     const floating* x, Py_ssize_t x_ahead, Py_ssize_t n_strips, const floating* coefs, Py_ssize_t each,
     bint relu, bint stream, floating* y,
-    Py_ssize_t y_ahead,        # IN   0: all of it is near, fetch nothing ahead
+    Py_ssize_t y_ahead,        # IN   0: fetch nothing ahead
 ) noexcept nogil:
     cdef Py_ssize_t _strip, end = (n_strips - 1) * STRIP, step = STRIP
     if goes_back(y, x, each, stream):
@@ -2036,7 +2037,7 @@ cdef inline void grad_affine_run(
     const floating* dy, Py_ssize_t dy_ahead, const floating* x, Py_ssize_t x_ahead, Py_ssize_t length,
     Py_ssize_t width,
     bint held,                 # IN   whether rows of HELD columns may go through grad_affine_held
-    const floating* coefs, bint relu, bint training, bint near, bint stream, floating* grad_x, Py_ssize_t grad_x_ahead,
+    const floating* coefs, bint relu, bint training, bint stream, floating* grad_x, Py_ssize_t grad_x_ahead,
 ) noexcept nogil:
     cdef Py_ssize_t n, begin, done
     held = held and training and not stream and not grad_goes_back(grad_x, dy, x, 1, False)
@@ -2048,7 +2049,7 @@ cdef inline void grad_affine_run(
     if n > 0 and held:
         grad_affine_held(dy + begin, x + begin, n, coefs + begin, relu, grad_x + begin)
     elif n > 0:
-        grad_affine_pairs(dy + begin, x + begin, n, width, coefs + begin, relu, near, grad_x + begin)
+        grad_affine_pairs(dy + begin, x + begin, n, width, coefs + begin, relu, grad_x_ahead == 0, grad_x + begin)
     grad_affine_runs(dy + done, 0, dy_ahead, x + done, 0, x_ahead, 1, length - done, width, coefs + begin, relu,
                      training, stream, grad_x + done, 0, grad_x_ahead)
 
@@ -2069,8 +2070,8 @@ cdef void grad_affine_task(
     cdef Py_ssize_t width = channels * plan.repeat, step = ROWS * plan.fold
     cdef Py_ssize_t segment = channels * plan.inner if plan.by_inner else width
     cdef Py_ssize_t dy_ahead = lead(dy_stride, segment, stream), x_ahead = lead(x_stride, segment, stream)
-    cdef bint near = is_near(plan, sizeof(floating))
-    cdef Py_ssize_t grad_x_ahead = lead(grad_x_stride, segment, False) if fetches_ahead(near, stream) else 0
+    cdef bint fetches = fetches_ahead(is_near(plan, sizeof(floating)), stream)
+    cdef Py_ssize_t grad_x_ahead = lead(grad_x_stride, segment, False) if fetches else 0
     cdef Py_ssize_t index, r, c, i, n
     cdef bint stream_rows = stream and (plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride))
     cdef bint one_run = not plan.by_inner and dy_stride == width and x_stride == width and grad_x_stride == width
@@ -2097,14 +2098,14 @@ cdef void grad_affine_task(
         elif one_run:
             i = block.row * width
             grad_affine_run(dy + i, dy_ahead, x + i, x_ahead, block.n_rows * width, plan.fold * width, held, coefs,
-                            relu, training, near, stream, grad_x + i, grad_x_ahead)
+                            relu, training, stream, grad_x + i, grad_x_ahead)
         elif width < NARROW and grad_x_stride == width:
             for i in range(ceil_div(block.n_rows, step)):
                 r = block.row + i * step
                 n = min(step, block.row + block.n_rows - r)
                 grad_affine_run(gather(dy + r * dy_stride, dy_stride, n, width, dy_buffer), 0,
                                 gather(x + r * x_stride, x_stride, n, width, x_buffer), 0, n * width,
-                                plan.fold * width, held, coefs, relu, training, near, stream, grad_x + r * width,
+                                plan.fold * width, held, coefs, relu, training, stream, grad_x + r * width,
                                 grad_x_ahead)
         elif stream_rows:
             grad_affine_runs(dy + block.row * dy_stride, dy_stride, dy_ahead, x + block.row * x_stride, x_stride,

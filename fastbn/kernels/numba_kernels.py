@@ -808,7 +808,7 @@ def affine_rest(x, n_columns, coefs, relu, y):
 @inline
 def affine_strips(
     x, x_ahead, n_strips, coefs, each, relu, stream, y,
-    y_ahead,    # 0: all of it is near, fetch nothing ahead
+    y_ahead,    # 0: fetch nothing ahead
 ):
     step = STRIP
     if goes_back(y, x, each):
@@ -1654,7 +1654,7 @@ def grad_affine_held(dy, x, n_rows, coefs, relu, grad_x):
 def grad_affine_run(
     dy, dy_ahead, x, x_ahead, length, width,
     held,       # IN   whether rows of HELD columns may go through grad_affine_held
-    coefs, relu, training, near, stream, grad_x, grad_x_ahead,
+    coefs, relu, training, stream, grad_x, grad_x_ahead,
 ):
     one = np.int64(1)
     held = held and training and not stream and not grad_goes_back(grad_x, dy, x, 1)
@@ -1666,7 +1666,8 @@ def grad_affine_run(
     if n > 0 and held:
         grad_affine_held(at(dy, begin), at(x, begin), n, at(coefs, begin), relu, at(grad_x, begin))
     elif n > 0:
-        grad_affine_pairs(at(dy, begin), at(x, begin), n, width, at(coefs, begin), relu, near, at(grad_x, begin))
+        grad_affine_pairs(at(dy, begin), at(x, begin), n, width, at(coefs, begin), relu, grad_x_ahead == 0,
+                          at(grad_x, begin))
     grad_affine_runs(at(dy, done), one, dy_ahead, at(x, done), one, x_ahead, one, length - done, width,
                      at(coefs, begin), relu, training, stream, at(grad_x, done), one, grad_x_ahead)
 
@@ -1688,8 +1689,8 @@ def grad_affine_task(
     step = ROWS * plan.fold
     segment = channels * plan.inner if plan.by_inner else width
     dy_ahead, x_ahead = lead(dy_stride, segment, stream), lead(x_stride, segment, stream)
-    near = is_near(plan, size_of(x))
-    grad_x_ahead = lead(grad_x_stride, segment, False) if fetches_ahead(near, stream) else 0
+    fetches = fetches_ahead(is_near(plan, size_of(x)), stream)
+    grad_x_ahead = lead(grad_x_stride, segment, False) if fetches else 0
     stream_rows = stream and (plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride))
     one_run = not plan.by_inner and dy_stride == width and x_stride == width and grad_x_stride == width
     joined = stream and not stream_rows and grad_x_stride == width
@@ -1715,13 +1716,13 @@ def grad_affine_task(
         elif one_run:
             i = block.row * width
             grad_affine_run(at(dy, i), dy_ahead, at(x, i), x_ahead, block.n_rows * width, plan.fold * width,
-                            held, coefs, relu, training, near, stream, at(grad_x, i), grad_x_ahead)
+                            held, coefs, relu, training, stream, at(grad_x, i), grad_x_ahead)
         elif width < NARROW and grad_x_stride == width:
             for r in range(block.row, last, step):
                 n = min(step, last - r)
                 grad_affine_run(gather(at(dy, r * dy_stride), dy_stride, n, width, dy_buffer), np.int64(0),
                                 gather(at(x, r * x_stride), x_stride, n, width, x_buffer), np.int64(0), n * width,
-                                plan.fold * width, held, coefs, relu, training, near, stream, at(grad_x, r * width),
+                                plan.fold * width, held, coefs, relu, training, stream, at(grad_x, r * width),
                                 grad_x_ahead)
         elif stream_rows:
             grad_affine_runs(at(dy, block.row * dy_stride), dy_stride, dy_ahead,
