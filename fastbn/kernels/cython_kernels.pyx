@@ -482,7 +482,7 @@ cdef inline bint by_halves(const floating* x, Py_ssize_t stride, Py_ssize_t widt
     """Whether to sum HELD columns at a time as halves.h does it. Zen 4, two threads, moments: 16384x64, 62500x64 0.77
     of the time, 2048x32 0.75, 256x512 0.82, 512x256 0.83; sums of the backward: 16384x64 0.87, 2048x32 0.77. Where rows
     of HELD columns lie apart, it took up to 1.35 times as long, in no cache 1.3, in the backward 1.5."""
-    return floating is float and (stride == HELD or width > HELD) and is_zen4()
+    return floating is float and VECTOR_BYTES == LINE and (stride == HELD or width > HELD) and is_zen4()
 
 
 cdef inline void sums_held(
@@ -903,11 +903,11 @@ cdef inline Py_ssize_t count_pairs(
     return max(0, length - before_line(y)) // (2 * width)
 
 
-cdef inline bint holds(const Plan* plan, Py_ssize_t width, Py_ssize_t itemsize) noexcept nogil:
+cdef inline bint holds_coefs(const Plan* plan, Py_ssize_t width, Py_ssize_t itemsize) noexcept nogil:
     """Whether rows of `width` columns, one behind the other, make up rows of HELD and are taken as such, with the
-    coefficients in registers, which only floats leave room for. Measured on a Zen 4 alone, two threads: affine of
-    16384x64 and 32000x32 0.92 to 0.95 of the time of pairs, forward 0.98, grad_affine 0.73 to 0.88, backward 0.85 to
-    0.93; of 2048x64 0.96 to 1, 0.97 to 1, 0.83 to 0.93, 0.91 to 0.97."""
+    coefficients in registers, which only floats leave room for. Measured on a Zen 4 alone, two threads, times that of
+    pairs: 16384x64 and 32000x32 affine 0.92 to 0.95, forward 0.98, grad_affine 0.77 to 0.88, backward 0.87 to 0.95;
+    2048x64 0.96 to 1, 0.97 to 1, 0.83 to 0.95, 0.91 to 0.97."""
     return itemsize == 4 and plan.held and HELD % width == 0 and is_zen4()
 
 
@@ -927,7 +927,8 @@ cdef inline Py_ssize_t next_column(Py_ssize_t j, Py_ssize_t n_columns, Py_ssize_
 cdef inline bint fetches_ahead(bint near, bint stream) noexcept nogil:
     """Whether the elementwise passes do, strip by strip. A Zen 4 itself finds what lies in its caches: there
     forward and backward of 512x1024 took 0.97 and 0.83 of the time, of 1300x1000 0.97 and 0.9, of 32x256x14x14 0.99 and
-    0.97, of float64 8192x64 0.84 and 0.75, by AVX2 0.95 to 1.02; but where pairs of rows fetch, affine 0.95."""
+    0.97, of float64 8192x64 0.84 and 0.75, by AVX2 0.95 to 1.02. Pairs of rows of affine fetch all the same: 0.94
+    to 0.98 of the time."""
     return stream or not (near or is_zen4())
 
 
@@ -1246,12 +1247,9 @@ cdef inline void affine_held_as(
     cdef floating scale[HELD]
     cdef floating offset[HELD]
     cdef Py_ssize_t j, k, _row
-    for j in range(HELD):
-        center[j] = coefs[CENTER + j]
-    for j in range(HELD):
-        scale[j] = coefs[SCALE + j]
-    for j in range(HELD):
-        offset[j] = coefs[OFFSET + j]
+    memcpy(center, coefs + CENTER, HELD * sizeof(floating))
+    memcpy(scale, coefs + SCALE, HELD * sizeof(floating))
+    memcpy(offset, coefs + OFFSET, HELD * sizeof(floating))
     for _row in range(n_rows):
         for k in range(HELD // STRIP):
             j = k * STRIP
@@ -1310,7 +1308,7 @@ cdef void affine_task(
     cdef bint stream_rows = stream and (plan.fold == 1 or has_whole_lines(y, y_stride))
     cdef bint one_run = not plan.by_inner and stride == width and y_stride == width
     cdef bint joined = stream and not stream_rows and y_stride == width
-    cdef bint held = holds(plan, width, sizeof(floating))
+    cdef bint held = holds_coefs(plan, width, sizeof(floating))
     cdef bint aligned = not plan.by_inner and (one_run or joined or on_lines(y, y_stride, width))
     cdef floating* coefs = place_coefs(memory, before_line(y) if aligned else 0)
     cdef Block block
@@ -2003,16 +2001,11 @@ cdef inline void grad_affine_held_as(
     cdef floating rest[HELD]
     cdef floating factor[HELD]
     cdef Py_ssize_t j, k, _row
-    for j in range(HELD):
-        center[j] = coefs[CENTER + j]
-    for j in range(HELD):
-        slope[j] = coefs[SLOPE + j]
-    for j in range(HELD):
-        shift[j] = coefs[SHIFT + j]
-    for j in range(HELD):
-        rest[j] = coefs[REST + j]
-    for j in range(HELD):
-        factor[j] = coefs[FACTOR + j]
+    memcpy(center, coefs + CENTER, HELD * sizeof(floating))
+    memcpy(slope, coefs + SLOPE, HELD * sizeof(floating))
+    memcpy(shift, coefs + SHIFT, HELD * sizeof(floating))
+    memcpy(rest, coefs + REST, HELD * sizeof(floating))
+    memcpy(factor, coefs + FACTOR, HELD * sizeof(floating))
     for _row in range(n_rows):
         for k in range(HELD // STRIP):
             j = k * STRIP
@@ -2045,7 +2038,7 @@ cdef inline void grad_affine_run(
     begin = before_line(grad_x) if n > 0 else 0
     done = begin + n * (HELD if held else 2 * width)
     if n > 0:
-        grad_affine_rest(dy, x, begin, coefs, relu, True, grad_x)
+        grad_affine_rest(dy, x, begin, coefs, relu, training, grad_x)
     if n > 0 and held:
         grad_affine_held(dy + begin, x + begin, n, coefs + begin, relu, grad_x + begin)
     elif n > 0:
@@ -2076,7 +2069,7 @@ cdef void grad_affine_task(
     cdef bint stream_rows = stream and (plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride))
     cdef bint one_run = not plan.by_inner and dy_stride == width and x_stride == width and grad_x_stride == width
     cdef bint joined = stream and not stream_rows and grad_x_stride == width
-    cdef bint held = holds(plan, width, sizeof(floating))
+    cdef bint held = holds_coefs(plan, width, sizeof(floating))
     cdef bint aligned = not plan.by_inner and (one_run or joined or on_lines(grad_x, grad_x_stride, width))
     cdef floating* coefs = place_coefs(memory, before_line(grad_x) if aligned else 0)
     cdef Block block

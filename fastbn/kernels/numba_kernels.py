@@ -717,7 +717,7 @@ def count_pairs(y, length, width, stream):
 
 
 @helper
-def holds(plan, width, itemsize):
+def holds_coefs(plan, width, itemsize):
     """Whether rows of `width` columns, one behind the other, make up rows of HELD and are taken as such, with the
     coefficients in registers, which only floats leave room for. Measured on a Zen 4 alone."""
     return itemsize == 4 and plan.held and HELD % width == 0 and ZEN4
@@ -1077,7 +1077,7 @@ def affine_task(
     stream_rows = stream and (plan.fold == 1 or has_whole_lines(y, y_stride))
     one_run = not plan.by_inner and stride == width and y_stride == width
     joined = stream and not stream_rows and y_stride == width
-    held = holds(plan, width, size_of(x))
+    held = holds_coefs(plan, width, size_of(x))
     aligned = not plan.by_inner and (one_run or joined or on_lines(y, y_stride, width))
     coefs = place_coefs(memory, before_line(y) if aligned else 0)
     spread_rows(channel_coefs, 3, plan, plan.fold, c0, channels, coefs)
@@ -1694,7 +1694,7 @@ def grad_affine_task(
     stream_rows = stream and (plan.fold == 1 or has_whole_lines(grad_x, grad_x_stride))
     one_run = not plan.by_inner and dy_stride == width and x_stride == width and grad_x_stride == width
     joined = stream and not stream_rows and grad_x_stride == width
-    held = holds(plan, width, size_of(x))
+    held = holds_coefs(plan, width, size_of(x))
     aligned = not plan.by_inner and (one_run or joined or on_lines(grad_x, grad_x_stride, width))
     coefs = place_coefs(memory, before_line(grad_x) if aligned else 0)
     spread_rows(channel_coefs, 3, plan, plan.fold, c0, channels, coefs)
