@@ -85,6 +85,8 @@ cdef enum:
     # not least lines that the next thread writes, took them 5 to 30 % longer (4x128x14x14, 32x4096)
     FAR_BYTES = 20 << 20  # inputs from here on are fetched from further ahead: they will not be in a cache (from 16 MiB
     # on, Zen 5 with 32 MiB of L3: moments of 4096x1024 1.15 times the time, sums of the backward of 4096x512 1.5)
+    VAST_BYTES = 96 << 20  # and of these hardly any; see what_to_fetch
+    RUN_BYTES = 24 << 10  # of a channel, from which on its run may be a sweep
     STREAM_BYTES = 20 << 20  # of inputs and output together: from here on the output bypasses the caches. On Zen 4,
     # 32 MiB of L3: 64x64x28x28 forward and backward 0.6 of the time, 4096x512 backward 0.7; 2000x1000 forward 1.1.
     LINE = 64             # bytes of a cache line; a strip is one, or two of float64
@@ -105,6 +107,11 @@ cdef enum:
     SLOPE = 4 * PITCH
     SHIFT = 5 * PITCH
     REST = 6 * PITCH
+
+cdef enum:                 # what the sums fetch ahead, a literal wherever it is tested:
+    NOTHING
+    NEAR                   # what is in a cache, into L1
+    FAR                    # what is not, into L2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,11 +159,6 @@ cdef struct Band:          # what one thread does of an elementwise pass
 
 cdef inline Py_ssize_t ceil_div(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     return (a + b - 1) // b
-
-
-cdef inline bint is_far(const Plan* plan, Py_ssize_t itemsize) noexcept nogil:
-    """Whether inputs of so many bytes an element will not be in a cache."""
-    return plan.outer * plan.channels * plan.inner * itemsize >= FAR_BYTES
 
 
 cdef inline bint is_near(const Plan* plan, Py_ssize_t itemsize) noexcept nogil:
@@ -317,14 +319,34 @@ cdef inline void prefetch_strip(const floating* x, bint far) noexcept nogil:
             prefetch(<const char*>x + i * LINE)
 
 
-cdef inline void prefetch_row(const floating* x, Py_ssize_t stride, Py_ssize_t n_columns, bint far) noexcept nogil:
+cdef int what_to_fetch(
+    const Plan* plan, Py_ssize_t itemsize, Py_ssize_t n_arrays,
+    bint in_line,              # IN   whether rows lie one behind the other
+) noexcept nogil:
+    """Of the arrays that the sums read. A Zen 4 itself finds what is read in one sweep, of float32 only vast ones.
+    There, without fetching, moments and sums of the backward of 1000000x64 took 0.93 and 0.96 of the time, of
+    1x64x1000000 0.94 and 0.75 to 0.92, the latter of 32x64x112x112 0.86 (64x64x56x56, with shorter runs, 1.4); of
+    float64 8192x64 0.94 and 0.84, 512x512 0.95 and 0.9, 8x64x56x56 0.92 and 0.88, 500000x64 0.9 and 0.96."""
+    cdef Py_ssize_t n_bytes = n_arrays * itemsize * plan.outer * plan.channels * plan.inner
+    cdef bint far = n_bytes >= FAR_BYTES
+    cdef bint sweep = in_line and (plan.held or not far)
+    if plan.by_inner:  # moments of float32, read in less time, take longer runs (32x64x112x112 1.12)
+        sweep = plan.inner * itemsize >= (RUN_BYTES if n_arrays == 2 or itemsize == sizeof(double) else 8 * RUN_BYTES)
+    if sweep and is_zen4() and (itemsize == sizeof(double) or n_bytes >= VAST_BYTES):
+        return NOTHING
+    return FAR if far else NEAR
+
+
+cdef inline void prefetch_row(
+    const floating* x, Py_ssize_t stride, Py_ssize_t n_columns, int fetch,
+) noexcept nogil:
     """Of rows of HELD columns: these columns of rows further on, into L1 (from L3, 62500x64: moments 0.9 of the time,
     sums of the backward 0.95; of every other row 0.85 and 0.9), of far ones into L2 too, from as far as of wide rows
     (300000x64, of 8 instead of 128 rows: 5 % longer)."""
     cdef Py_ssize_t j
-    for j in range(n_columns // STRIP):
+    for j in range(n_columns // STRIP if fetch else 0):
         prefetch_strip(x + AHEAD // HELD * stride + j * STRIP, False)
-        if far:
+        if fetch == FAR:
             prefetch_strip(x + ROWS_AHEAD * TILE // HELD * stride + j * STRIP, True)
 
 
@@ -374,8 +396,7 @@ cdef inline void sums_strip(
     Py_ssize_t stride,
     Py_ssize_t n_rows,
     Py_ssize_t n_columns,
-    bint ahead,                # IN   whether to fetch ahead, and then
-    bint far,                  # IN   whether from far
+    int fetch,
     const double* pivot,       # IN   (n_columns,)
     double* s1,                # INOUT
     double* s2,                # INOUT
@@ -395,8 +416,7 @@ cdef inline void sums_strip(
         strip2[j] = d * d  # from zeros, 5 % longer in L2
     # Row by row, so that a row is converted just before its use (256x512: column by column took 3 to 22 % longer).
     for r in range(1, n_rows):
-        if ahead:
-            prefetch_row(x + r * stride, stride, n_columns, far)
+        prefetch_row(x + r * stride, stride, n_columns, fetch)
         load_row(x + r * stride, n_columns, row)
         for j in range(n_columns):
             d = row[j] - pivot[j]
@@ -419,63 +439,67 @@ cdef inline const floating* coming(
 
 
 cdef inline void prefetch_rows(
-    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t j, Py_ssize_t ahead, bint far,
+    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t j, Py_ssize_t ahead,
+    int fetch,
 ) noexcept nogil:
     """A strip of each row of what is coming. Takes a 268 MB array from 12 to 20 GB/s on two threads."""
-    cdef const floating* strip = <const floating*>hidden(coming(x, stride, n_rows, width, j, ahead))
+    cdef const floating* strip
     cdef Py_ssize_t r
+    if fetch == NOTHING:
+        return
+    strip = <const floating*>hidden(coming(x, stride, n_rows, width, j, ahead))
     for r in range(n_rows):
         if stride == LANES:
-            prefetch_strip(strip + r * stride, far)
+            prefetch_strip(strip + r * stride, fetch == FAR)
         else:  # with both lines of float64, the sums of columns took 5 to 10 % longer in L2
             prefetch(strip + r * stride)
-    if far and stride != LANES:
+    if fetch == FAR and stride != LANES:
         for r in range(ROWS_AHEAD, ROWS_AHEAD + n_rows):
             prefetch_strip(x + j + r * stride, True)
 
 
 cdef inline void sums_group(
-    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t ahead, bint far,
+    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t ahead, int fetch,
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t j = 0, r
     while j + STRIP <= width:
-        prefetch_rows(x, stride, n_rows, width, j, ahead, far)
+        prefetch_rows(x, stride, n_rows, width, j, ahead, fetch)
         # And of a run, what the next step reads, from L2 into L1: moments of 1x64x1000000 0.82 to 0.98 of the time, of
         # 64x64x56x56 0.9. The sums of the backward of 128x256x14x14 would take 1.15 times as long, float64 1.03.
-        if floating is float and far and stride == LANES:
+        if floating is float and fetch == FAR and stride == LANES:
             for r in range(n_rows, 2 * n_rows):
                 prefetch(x + r * LANES)
-        sums_strip(<const floating*>hidden(x + j), stride, n_rows, STRIP, False, False, pivot + j, s1 + j, s2 + j)
+        sums_strip(<const floating*>hidden(x + j), stride, n_rows, STRIP, NOTHING, pivot + j, s1 + j, s2 + j)
         j += STRIP
     if (width - j) & 8:
-        sums_strip(x + j, stride, n_rows, 8, False, False, pivot + j, s1 + j, s2 + j)
+        sums_strip(x + j, stride, n_rows, 8, NOTHING, pivot + j, s1 + j, s2 + j)
         j += 8
     if (width - j) & 4:
-        sums_strip(x + j, stride, n_rows, 4, False, False, pivot + j, s1 + j, s2 + j)
+        sums_strip(x + j, stride, n_rows, 4, NOTHING, pivot + j, s1 + j, s2 + j)
         j += 4
     while j < width:
-        sums_strip(x + j, stride, n_rows, 1, False, False, pivot + j, s1 + j, s2 + j)
+        sums_strip(x + j, stride, n_rows, 1, NOTHING, pivot + j, s1 + j, s2 + j)
         j += 1
 
 
 cdef inline void sums_rows_as(
-    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t ahead, bint far,
+    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t ahead, int fetch,
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t _i
     for _i in range(n_rows // ROWS):
-        sums_group(x, stride, ROWS, width, ahead, far, pivot, s1, s2)
+        sums_group(x, stride, ROWS, width, ahead, fetch, pivot, s1, s2)
         x += ROWS * stride
     # The rest in literal sizes, which the compiler unrolls.
     if n_rows & 4:
-        sums_group(x, stride, 4, width, ahead, far, pivot, s1, s2)
+        sums_group(x, stride, 4, width, ahead, fetch, pivot, s1, s2)
         x += 4 * stride
     if n_rows & 2:
-        sums_group(x, stride, 2, width, ahead, far, pivot, s1, s2)
+        sums_group(x, stride, 2, width, ahead, fetch, pivot, s1, s2)
         x += 2 * stride
     if n_rows & 1:
-        sums_group(x, stride, 1, width, ahead, far, pivot, s1, s2)
+        sums_group(x, stride, 1, width, ahead, fetch, pivot, s1, s2)
 
 
 cdef inline bint by_halves(const floating* x, Py_ssize_t stride, Py_ssize_t width) noexcept nogil:
@@ -486,7 +510,7 @@ cdef inline bint by_halves(const floating* x, Py_ssize_t stride, Py_ssize_t widt
 
 
 cdef inline void sums_held(
-    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, bint halves, bint far,
+    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, bint halves, int fetch,
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t j = 0, r, n
@@ -497,59 +521,65 @@ cdef inline void sums_held(
             if halves:
                 sums_halves(<const float*>x + r * stride + j, stride, n, pivot + j, s1 + j, s2 + j)
             else:
-                sums_strip(x + r * stride + j, stride, n, HELD, True, far, pivot + j, s1 + j, s2 + j)
+                sums_strip(x + r * stride + j, stride, n, HELD, fetch, pivot + j, s1 + j, s2 + j)
             r += HELD_ROWS
         j += HELD
 
 
 cdef void sums_rows(
-    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, bint held, bint far,
+    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, bint held, int fetch,
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
-    if held and far:
-        sums_held(x, stride, n_rows, width, False, True, pivot, s1, s2)
+    if held and fetch == FAR:
+        sums_held(x, stride, n_rows, width, False, FAR, pivot, s1, s2)
+    elif held and fetch == NOTHING:
+        sums_held(x, stride, n_rows, width, False, NOTHING, pivot, s1, s2)
     elif held and by_halves(x, stride, width):
-        sums_held(x, stride, n_rows, width, True, False, pivot, s1, s2)
+        sums_held(x, stride, n_rows, width, True, NEAR, pivot, s1, s2)
     elif held:
-        sums_held(x, stride, n_rows, width, False, False, pivot, s1, s2)
-    elif far:  # a literal in each branch: tested in each strip, the flag took float64 3 to 7 % longer
-        sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, True, pivot, s1, s2)
+        sums_held(x, stride, n_rows, width, False, NEAR, pivot, s1, s2)
+    elif fetch == FAR:  # a literal in each branch: tested in each strip, it took float64 3 to 7 % longer
+        sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, FAR, pivot, s1, s2)
+    elif fetch == NEAR:
+        sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, NEAR, pivot, s1, s2)
     else:
-        sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, False, pivot, s1, s2)
+        sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, NOTHING, pivot, s1, s2)
 
 
 cdef void sums_run(
-    const floating* x, Py_ssize_t length, Py_ssize_t width, bint held, bint far,
+    const floating* x, Py_ssize_t length, Py_ssize_t width, bint held, int fetch,
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     cdef Py_ssize_t n_rows = length // width
-    sums_rows(x, width, n_rows, width, held, far, pivot, s1, s2)
+    sums_rows(x, width, n_rows, width, held, fetch, pivot, s1, s2)
     if n_rows * width < length:
-        sums_rows(x + n_rows * width, width, 1, length - n_rows * width, False, far, pivot, s1, s2)
+        sums_rows(x + n_rows * width, width, 1, length - n_rows * width, False, fetch, pivot, s1, s2)
 
 
 cdef void sums_lanes(
-    const floating* x, Py_ssize_t length, Py_ssize_t ahead, bint far, const double* pivot, double* s1, double* s2,
+    const floating* x, Py_ssize_t length, Py_ssize_t ahead, int fetch, const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     """The same as rows of LANES: by a literal, runs of 196 take half the time; a call for the rest takes a quarter."""
     cdef Py_ssize_t n_rows = length // LANES
-    if far:  # a literal in each branch: tested in each strip, the flag took 32x256x14x14 10 to 20 % longer
-        sums_rows_as(x, LANES, n_rows, LANES, ahead, True, pivot, s1, s2)
+    if fetch == FAR:  # a literal in each branch: tested in each strip, it took 32x256x14x14 10 to 20 % longer
+        sums_rows_as(x, LANES, n_rows, LANES, ahead, FAR, pivot, s1, s2)
+    elif fetch == NEAR:
+        sums_rows_as(x, LANES, n_rows, LANES, ahead, NEAR, pivot, s1, s2)
     else:
-        sums_rows_as(x, LANES, n_rows, LANES, ahead, False, pivot, s1, s2)
+        sums_rows_as(x, LANES, n_rows, LANES, ahead, NOTHING, pivot, s1, s2)
     if n_rows * LANES < length:
-        sums_group(x + n_rows * LANES, LANES, 1, length - n_rows * LANES, ahead, False, pivot, s1, s2)
+        sums_group(x + n_rows * LANES, LANES, 1, length - n_rows * LANES, ahead, NOTHING, pivot, s1, s2)
 
 
 cdef void sums_apart(
-    const floating* x, Py_ssize_t stride, Py_ssize_t width, Py_ssize_t fold, bint far,
+    const floating* x, Py_ssize_t stride, Py_ssize_t width, Py_ssize_t fold, int fetch,
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     """ROWS wide rows, of `fold` rows each that lie apart: summed where they lie."""
     cdef Py_ssize_t f
     for f in range(fold):
-        sums_rows(x + f * stride, fold * stride, ROWS, width, False, far,
+        sums_rows(x + f * stride, fold * stride, ROWS, width, False, fetch,
                   pivot + f * width, s1 + f * width, s2 + f * width)
 
 
@@ -558,27 +588,28 @@ cdef void sums_block(
     const Plan* plan, floating* buffer, const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t i, r, c, n, width = channels * plan.repeat, step = step_rows(plan)
-    cdef bint far = is_far(plan, sizeof(floating))
+    cdef int fetch = what_to_fetch(plan, sizeof(floating), 1, stride == plan.channels * plan.inner)
     memset(s1, 0, width * plan.sums_fold * sizeof(double))
     memset(s2, 0, width * plan.sums_fold * sizeof(double))
     if plan.by_inner:
         for r in range(n_rows):
             for c in range(channels):
-                sums_lanes(x + r * stride + c * plan.inner, length, lead(stride, channels * plan.inner, far), far,
+                sums_lanes(x + r * stride + c * plan.inner, length,
+                           lead(stride, channels * plan.inner, fetch == FAR), fetch,
                            pivot + c * LANES, s1 + c * LANES, s2 + c * LANES)
     elif plan.sums_fold == 1:
-        sums_rows(x, stride, n_rows, width, plan.held, far, pivot, s1, s2)
+        sums_rows(x, stride, n_rows, width, plan.held, fetch, pivot, s1, s2)
     elif stride == width:
-        sums_run(x, n_rows * width, plan.sums_fold * width, plan.held, far, pivot, s1, s2)
+        sums_run(x, n_rows * width, plan.sums_fold * width, plan.held, fetch, pivot, s1, s2)
     else:
         for i in range(ceil_div(n_rows, step)):
             r = i * step
             n = min(step, n_rows - r)
             if n == step and width >= NARROW and not plan.held:
-                sums_apart(x + r * stride, stride, width, plan.sums_fold, far, pivot, s1, s2)
+                sums_apart(x + r * stride, stride, width, plan.sums_fold, fetch, pivot, s1, s2)
             else:
                 sums_run(gather(x + r * stride, stride, n, width, buffer), n * width, plan.sums_fold * width,
-                         plan.held, False, pivot, s1, s2)
+                         plan.held, NEAR, pivot, s1, s2)
     fold_sums(s1, channels, plan.repeat, plan.sums_fold)
     fold_sums(s2, channels, plan.repeat, plan.sums_fold)
 
@@ -1360,8 +1391,7 @@ cdef inline void grad_sums_strip(
     Py_ssize_t x_stride,
     Py_ssize_t n_rows,
     Py_ssize_t n_columns,
-    bint ahead,                # IN   whether to fetch ahead, and then
-    bint far,                  # IN   whether from far
+    int fetch,
     const double* mean,        # IN   (n_columns,)
     const floating* coefs,     # IN   at CENTER, SCALE, OFFSET
     bint relu,
@@ -1381,9 +1411,8 @@ cdef inline void grad_sums_strip(
         strip1[j] = zero
         strip2[j] = zero
     for r in range(n_rows):
-        if ahead:
-            prefetch_row(dy + r * dy_stride, dy_stride, n_columns, far)
-            prefetch_row(x + r * x_stride, x_stride, n_columns, far)
+        prefetch_row(dy + r * dy_stride, dy_stride, n_columns, fetch)
+        prefetch_row(x + r * x_stride, x_stride, n_columns, fetch)
         if relu:  # in a loop of its own, which vectorises: among the sums, float64 took three times as long
             for j in range(n_columns):
                 gated[j] = gate(dy[r * dy_stride + j], x[r * x_stride + j], coefs + j, True)
@@ -1402,79 +1431,85 @@ cdef inline void grad_sums_strip(
 
 cdef inline void grad_sums_group(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
-    Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t dy_ahead, Py_ssize_t x_ahead, bint far,
+    Py_ssize_t n_rows, Py_ssize_t width, Py_ssize_t dy_ahead, Py_ssize_t x_ahead, int fetch,
     const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t j = 0
     while j + STRIP <= width:
-        prefetch_rows(dy, dy_stride, n_rows, width, j, dy_ahead, far)
-        prefetch_rows(x, x_stride, n_rows, width, j, x_ahead, far)
+        prefetch_rows(dy, dy_stride, n_rows, width, j, dy_ahead, fetch)
+        prefetch_rows(x, x_stride, n_rows, width, j, x_ahead, fetch)
         grad_sums_strip(<const floating*>hidden(dy + j), dy_stride, <const floating*>hidden(x + j), x_stride,
-                        n_rows, STRIP, False, False, mean + j, coefs + j, relu, s1 + j, s2 + j)
+                        n_rows, STRIP, NOTHING, mean + j, coefs + j, relu, s1 + j, s2 + j)
         j += STRIP
     if (width - j) & 8:
-        grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, 8, False, False,
+        grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, 8, NOTHING,
                         mean + j, coefs + j, relu, s1 + j, s2 + j)
         j += 8
     if (width - j) & 4:
-        grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, 4, False, False,
+        grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, 4, NOTHING,
                         mean + j, coefs + j, relu, s1 + j, s2 + j)
         j += 4
     while j < width:
-        grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, 1, False, False,
+        grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, 1, NOTHING,
                         mean + j, coefs + j, relu, s1 + j, s2 + j)
         j += 1
 
 
 cdef inline void grad_sums_rows_as(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
-    Py_ssize_t n_rows, Py_ssize_t step, Py_ssize_t width, Py_ssize_t dy_ahead, Py_ssize_t x_ahead, bint far,
+    Py_ssize_t n_rows, Py_ssize_t step, Py_ssize_t width, Py_ssize_t dy_ahead, Py_ssize_t x_ahead, int fetch,
     const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t _i
     for _i in range(n_rows // step):
-        grad_sums_group(dy, dy_stride, x, x_stride, step, width, dy_ahead, x_ahead, far,
+        grad_sums_group(dy, dy_stride, x, x_stride, step, width, dy_ahead, x_ahead, fetch,
                         mean, coefs, relu, s1, s2)
         dy += step * dy_stride
         x += step * x_stride
     if n_rows % step & 4:
-        grad_sums_group(dy, dy_stride, x, x_stride, 4, width, dy_ahead, x_ahead, far,
+        grad_sums_group(dy, dy_stride, x, x_stride, 4, width, dy_ahead, x_ahead, fetch,
                         mean, coefs, relu, s1, s2)
         dy += 4 * dy_stride
         x += 4 * x_stride
     if n_rows & 2:
-        grad_sums_group(dy, dy_stride, x, x_stride, 2, width, dy_ahead, x_ahead, far,
+        grad_sums_group(dy, dy_stride, x, x_stride, 2, width, dy_ahead, x_ahead, fetch,
                         mean, coefs, relu, s1, s2)
         dy += 2 * dy_stride
         x += 2 * x_stride
     if n_rows & 1:
-        grad_sums_group(dy, dy_stride, x, x_stride, 1, width, dy_ahead, x_ahead, far,
+        grad_sums_group(dy, dy_stride, x, x_stride, 1, width, dy_ahead, x_ahead, fetch,
                         mean, coefs, relu, s1, s2)
 
 
 cdef inline void grad_sums_rows_by(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
-    Py_ssize_t n_rows, Py_ssize_t step, Py_ssize_t width, Py_ssize_t dy_ahead, Py_ssize_t x_ahead, bint far,
+    Py_ssize_t n_rows, Py_ssize_t step, Py_ssize_t width, Py_ssize_t dy_ahead, Py_ssize_t x_ahead, int fetch,
     const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
 ) noexcept nogil:
     """Literals in each branch: flags tested inside the strip would keep it from being vectorised."""
-    if relu and far:
-        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, True,
+    if relu and fetch == FAR:
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, FAR,
+                          mean, coefs, True, s1, s2)
+    elif relu and fetch == NEAR:
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, NEAR,
                           mean, coefs, True, s1, s2)
     elif relu:
-        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, False,
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, NOTHING,
                           mean, coefs, True, s1, s2)
-    elif far:
-        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, True,
+    elif fetch == FAR:
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, FAR,
+                          mean, coefs, False, s1, s2)
+    elif fetch == NEAR:
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, NEAR,
                           mean, coefs, False, s1, s2)
     else:
-        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, False,
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, NOTHING,
                           mean, coefs, False, s1, s2)
 
 
 cdef inline void grad_sums_held_as(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
-    Py_ssize_t n_rows, Py_ssize_t width, bint halves, bint ahead, bint far,
+    Py_ssize_t n_rows, Py_ssize_t width, bint halves, int fetch,
     const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t j = 0, r, n
@@ -1487,55 +1522,57 @@ cdef inline void grad_sums_held_as(
                                  <const float*>x + r * x_stride + j, x_stride, n, mean + j, s1 + j, s2 + j)
             else:
                 grad_sums_strip(dy + r * dy_stride + j, dy_stride, x + r * x_stride + j, x_stride, n, HELD,
-                                ahead, far, mean + j, coefs + j, relu, s1 + j, s2 + j)
+                                fetch, mean + j, coefs + j, relu, s1 + j, s2 + j)
             r += HELD_ROWS
         j += HELD
 
 
 cdef void grad_sums_held(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
-    Py_ssize_t n_rows, Py_ssize_t width, bint far, const double* mean, const floating* coefs, bint relu,
+    Py_ssize_t n_rows, Py_ssize_t width, int fetch, const double* mean, const floating* coefs, bint relu,
     double* s1, double* s2,
 ) noexcept nogil:
-    cdef bint ahead = width == HELD  # longer rows are near (512x256: 1.1 times the time, float64 256x256 1.3 to 1.5)
-    if relu and far:
-        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, True, True, mean, coefs, True, s1, s2)
-    elif relu and ahead:
-        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, True, False, mean, coefs, True, s1, s2)
+    cdef bint halves = fetch == NEAR and by_halves(dy, dy_stride, width) and by_halves(x, x_stride, width)
+    if width > HELD:  # longer rows are near (512x256: fetching took 1.1 times as long, float64 256x256 1.3 to 1.5)
+        fetch = NOTHING
+    if relu and fetch == FAR:
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, FAR, mean, coefs, True, s1, s2)
+    elif relu and fetch == NEAR:
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, NEAR, mean, coefs, True, s1, s2)
     elif relu:
-        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, False, False, mean, coefs, True, s1, s2)
-    elif far:
-        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, True, True, mean, coefs, False, s1, s2)
-    elif by_halves(dy, dy_stride, width) and by_halves(x, x_stride, width):
-        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, True, False, False, mean, coefs, False, s1, s2)
-    elif ahead:
-        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, True, False, mean, coefs, False, s1, s2)
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, NOTHING, mean, coefs, True, s1, s2)
+    elif fetch == FAR:
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, FAR, mean, coefs, False, s1, s2)
+    elif halves:
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, True, NEAR, mean, coefs, False, s1, s2)
+    elif fetch == NEAR:
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, NEAR, mean, coefs, False, s1, s2)
     else:
-        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, False, False, mean, coefs, False, s1, s2)
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, NOTHING, mean, coefs, False, s1, s2)
 
 
 cdef void grad_sums_rows(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
-    Py_ssize_t n_rows, Py_ssize_t width, bint held, bint far, const double* mean, const floating* coefs, bint relu,
+    Py_ssize_t n_rows, Py_ssize_t width, bint held, int fetch, const double* mean, const floating* coefs, bint relu,
     double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t ahead = COLUMNS_AHEAD // 2
     if held:
-        grad_sums_held(dy, dy_stride, x, x_stride, n_rows, width, far, mean, coefs, relu, s1, s2)
+        grad_sums_held(dy, dy_stride, x, x_stride, n_rows, width, fetch, mean, coefs, relu, s1, s2)
     else:
-        grad_sums_rows_by(dy, dy_stride, x, x_stride, n_rows, GRAD_ROWS, width, ahead, ahead, far,
+        grad_sums_rows_by(dy, dy_stride, x, x_stride, n_rows, GRAD_ROWS, width, ahead, ahead, fetch,
                           mean, coefs, relu, s1, s2)
 
 
 cdef void grad_sums_run(
-    const floating* dy, const floating* x, Py_ssize_t length, Py_ssize_t width, bint held, bint far,
+    const floating* dy, const floating* x, Py_ssize_t length, Py_ssize_t width, bint held, int fetch,
     const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
 ) noexcept nogil:
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     cdef Py_ssize_t n_rows = length // width, done = n_rows * width
-    grad_sums_rows(dy, width, x, width, n_rows, width, held, far, mean, coefs, relu, s1, s2)
+    grad_sums_rows(dy, width, x, width, n_rows, width, held, fetch, mean, coefs, relu, s1, s2)
     if done < length:
-        grad_sums_rows(dy + done, width, x + done, width, 1, length - done, False, far, mean, coefs, relu, s1, s2)
+        grad_sums_rows(dy + done, width, x + done, width, 1, length - done, False, fetch, mean, coefs, relu, s1, s2)
 
 
 cdef void grad_sums_rest(
@@ -1544,32 +1581,32 @@ cdef void grad_sums_rest(
 ) noexcept nogil:
     """Fewer values than a row of LANES has; by way of grad_sums_rows, 32x256x14x14 took 1.09 times as long."""
     if relu:
-        grad_sums_group(dy, LANES, x, LANES, 1, n_columns, 0, 0, False, mean, coefs, True, s1, s2)
+        grad_sums_group(dy, LANES, x, LANES, 1, n_columns, 0, 0, NOTHING, mean, coefs, True, s1, s2)
     else:
-        grad_sums_group(dy, LANES, x, LANES, 1, n_columns, 0, 0, False, mean, coefs, False, s1, s2)
+        grad_sums_group(dy, LANES, x, LANES, 1, n_columns, 0, 0, NOTHING, mean, coefs, False, s1, s2)
 
 
 cdef inline void grad_sums_lanes(
-    const floating* dy, Py_ssize_t dy_ahead, const floating* x, Py_ssize_t x_ahead, Py_ssize_t length, bint far,
+    const floating* dy, Py_ssize_t dy_ahead, const floating* x, Py_ssize_t x_ahead, Py_ssize_t length, int fetch,
     const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
 ) noexcept nogil:
     """The same as rows of LANES."""
     cdef Py_ssize_t n_rows = length // LANES, done = n_rows * LANES
-    grad_sums_rows_by(dy, LANES, x, LANES, n_rows, ROWS, LANES, dy_ahead, x_ahead, far, mean, coefs, relu, s1, s2)
+    grad_sums_rows_by(dy, LANES, x, LANES, n_rows, ROWS, LANES, dy_ahead, x_ahead, fetch, mean, coefs, relu, s1, s2)
     if done < length:
         grad_sums_rest(dy + done, x + done, length - done, mean, coefs, relu, s1, s2)
 
 
 cdef void grad_sums_apart(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride, Py_ssize_t width,
-    Py_ssize_t fold, bint far, const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
+    Py_ssize_t fold, int fetch, const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
 ) noexcept nogil:
     """ROWS wide rows, of `fold` rows each that lie apart: summed where they lie."""
     cdef Py_ssize_t f, j
     for f in range(fold):
         j = f * width
         grad_sums_rows(dy + f * dy_stride, fold * dy_stride, x + f * x_stride, fold * x_stride, ROWS, width, False,
-                       far, mean + j, coefs + j, relu, s1 + j, s2 + j)
+                       fetch, mean + j, coefs + j, relu, s1 + j, s2 + j)
 
 
 cdef void grad_moments_task(
@@ -1591,9 +1628,10 @@ cdef void grad_moments_task(
     cdef double* s2 = s1 + SUMS_PITCH
     cdef Py_ssize_t width = channels * plan.repeat, wide = plan.sums_fold * width, step = step_rows(plan)
     cdef Py_ssize_t index, r, c, i, n, last
-    cdef bint far = is_far(plan, 2 * sizeof(floating))
-    cdef Py_ssize_t dy_ahead = lead(dy_stride, channels * plan.inner, far)
-    cdef Py_ssize_t x_ahead = lead(x_stride, channels * plan.inner, far)
+    cdef Py_ssize_t row = plan.channels * plan.inner
+    cdef int fetch = what_to_fetch(plan, sizeof(floating), 2, dy_stride == row and x_stride == row)
+    cdef Py_ssize_t dy_ahead = lead(dy_stride, channels * plan.inner, fetch == FAR)
+    cdef Py_ssize_t x_ahead = lead(x_stride, channels * plan.inner, fetch == FAR)
     cdef Block block
     spread_rows(channel_mean, 1, plan, plan.sums_fold, c0, channels, mean)
     spread_rows(channel_coefs, 3, plan, plan.sums_fold, c0, channels, coefs)
@@ -1613,25 +1651,25 @@ cdef void grad_moments_task(
                 for c in range(channels):
                     i = c * plan.inner + block.start
                     n = c * LANES
-                    grad_sums_lanes(dy + r * dy_stride + i, dy_ahead, x + r * x_stride + i, x_ahead, block.length, far,
-                                    mean + n, coefs + n, relu, s1 + n, s2 + n)
+                    grad_sums_lanes(dy + r * dy_stride + i, dy_ahead, x + r * x_stride + i, x_ahead, block.length,
+                                    fetch, mean + n, coefs + n, relu, s1 + n, s2 + n)
         elif plan.sums_fold == 1:
             grad_sums_rows(dy + block.row * dy_stride, dy_stride, x + block.row * x_stride, x_stride,
-                           block.n_rows, width, plan.held, far, mean, coefs, relu, s1, s2)
+                           block.n_rows, width, plan.held, fetch, mean, coefs, relu, s1, s2)
         elif dy_stride == width and x_stride == width:
             i = block.row * width
-            grad_sums_run(dy + i, x + i, block.n_rows * width, wide, plan.held, far, mean, coefs, relu, s1, s2)
+            grad_sums_run(dy + i, x + i, block.n_rows * width, wide, plan.held, fetch, mean, coefs, relu, s1, s2)
         else:
             for i in range(ceil_div(block.n_rows, step)):
                 r = block.row + i * step
                 n = min(step, last - r)
                 if n == step and width >= NARROW and not plan.held:
                     grad_sums_apart(dy + r * dy_stride, dy_stride, x + r * x_stride, x_stride, width, plan.sums_fold,
-                                    far, mean, coefs, relu, s1, s2)
+                                    fetch, mean, coefs, relu, s1, s2)
                 else:
                     grad_sums_run(gather(dy + r * dy_stride, dy_stride, n, width, dy_buffer),
                                   gather(x + r * x_stride, x_stride, n, width, x_buffer),
-                                  n * width, wide, plan.held, False, mean, coefs, relu, s1, s2)
+                                  n * width, wide, plan.held, NEAR, mean, coefs, relu, s1, s2)
         fold_sums(s1, channels, plan.repeat, plan.sums_fold)
         fold_sums(s2, channels, plan.repeat, plan.sums_fold)
         for c in range(channels):

@@ -62,6 +62,8 @@ NARROW = 32            # rows apart of fewer columns are first copied together (
 FIRST_BYTES = 1 << 15  # of an array that lies in the first cache
 NEAR_BYTES = 1 << 20   # smaller arrays stay in the second caches: the elementwise passes fetch nothing ahead
 FAR_BYTES = 20 << 20   # inputs from here on are fetched from further ahead: they will not be in a cache
+VAST_BYTES = 96 << 20  # and of these hardly any; see what_to_fetch
+RUN_BYTES = 24 << 10   # of a channel, from which on its run may be a sweep
 STREAM_BYTES = 20 << 20  # of inputs and output together: from here on the output bypasses the caches
 COLUMNS_AHEAD = 128    # columns that the sums fetch ahead, or half so many of each of two arrays
 ROWS_AHEAD = 2 * ROWS  # wide rows that they fetch ahead into L2
@@ -84,6 +86,10 @@ SLOPE = 4 * PITCH
 SHIFT = 5 * PITCH
 REST = 6 * PITCH
 COEFS = 7 * PITCH + STRIP
+# What the sums fetch ahead:
+NOTHING = 0
+NEAR = 1               # what is in a cache, into L1
+FAR = 2                # what is not, into L2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,12 +181,6 @@ def make_plan(
 
 
 @helper
-def is_far(plan, itemsize):
-    """Whether inputs of so many bytes an element will not be in a cache."""
-    return plan.outer * plan.channels * plan.inner * itemsize >= FAR_BYTES
-
-
-@helper
 def is_near(plan, itemsize):
     """Whether an array of so many bytes an element is in the second caches."""
     return plan.outer * plan.channels * plan.inner * itemsize < NEAR_BYTES
@@ -262,12 +262,28 @@ def prefetch_strip(x, far):
             prefetch(at(x, i))
 
 
+@helper
+def what_to_fetch(
+    plan, itemsize, n_arrays,
+    in_line,    # IN   whether rows lie one behind the other
+):
+    """Of the arrays that the sums read. A Zen 4 itself finds what is read in one sweep, of float32 only vast ones."""
+    n_bytes = n_arrays * itemsize * plan.outer * plan.channels * plan.inner
+    far = n_bytes >= FAR_BYTES
+    sweep = in_line and (plan.held or not far)
+    if plan.by_inner:
+        sweep = plan.inner * itemsize >= (RUN_BYTES if n_arrays == 2 or itemsize == 8 else 8 * RUN_BYTES)
+    if sweep and ZEN4 and (itemsize == 8 or n_bytes >= VAST_BYTES):
+        return NOTHING
+    return FAR if far else NEAR
+
+
 @inline
-def prefetch_row(x, stride, far):
+def prefetch_row(x, stride, fetch):
     """A row of HELD columns further on, into L1, and of far ones into L2 too, from as far as of wide rows."""
-    for j in range(0, HELD, STRIP):
+    for j in range(0, HELD if fetch != NOTHING else 0, STRIP):
         prefetch_strip(at(x, AHEAD // HELD * stride + j), False)
-        if far:
+        if fetch == FAR:
             prefetch_strip(at(x, ROWS_AHEAD * TILE // HELD * stride + j), True)
 
 
@@ -314,8 +330,7 @@ def sums_strip(
     stride,
     n_rows,
     n_columns,  # a literal
-    ahead,      # IN   whether to fetch ahead, and then
-    far,        # IN   whether from far
+    fetch,
     pivot,      # IN   (n_columns,) float64
     s1,         # INOUT
     s2,         # INOUT
@@ -324,8 +339,7 @@ def sums_strip(
     a = d
     b = d * d
     for r in range(1, n_rows):
-        if ahead:
-            prefetch_row(at(x, r * stride), stride, far)
+        prefetch_row(at(x, r * stride), stride, fetch)
         d = load_wide(at(x, r * stride), n_columns) - load(pivot, n_columns)
         a = a + d
         b = muladd(d, d, b)
@@ -343,99 +357,101 @@ def coming(x, stride, n_rows, width, j, ahead):
 
 
 @inline
-def prefetch_rows(x, stride, n_rows, width, j, ahead, far):
+def prefetch_rows(x, stride, n_rows, width, j, ahead, fetch):
     """A strip of each row of what is coming."""
+    if fetch == NOTHING:
+        return
     strip = coming(x, stride, n_rows, width, j, ahead)
     for r in range(n_rows):
         if stride == LANES:
-            prefetch_strip(at(strip, r * stride), far)
+            prefetch_strip(at(strip, r * stride), fetch == FAR)
         else:  # of columns, both lines of float64 would take longer
             prefetch(at(strip, r * stride))
-    if far and stride != LANES:
+    if fetch == FAR and stride != LANES:
         for r in range(ROWS_AHEAD, ROWS_AHEAD + n_rows):
             prefetch_strip(at(x, j + r * stride), True)
 
 
 @inline
-def sums_group(x, stride, n_rows, width, ahead, far, pivot, s1, s2):
+def sums_group(x, stride, n_rows, width, ahead, fetch, pivot, s1, s2):
     j = 0
     while j + STRIP <= width:
-        prefetch_rows(x, stride, n_rows, width, j, ahead, far)
-        if far and stride == LANES and size_of(x) == 4:  # of a run of float32, what the next step reads, into L1
+        prefetch_rows(x, stride, n_rows, width, j, ahead, fetch)
+        if fetch == FAR and stride == LANES and size_of(x) == 4:  # of a run of float32, into L1 what comes next
             for r in range(n_rows, 2 * n_rows):
                 prefetch(at(x, r * LANES))
-        sums_strip(at(x, j), stride, n_rows, STRIP, False, False, at(pivot, j), at(s1, j), at(s2, j))
+        sums_strip(at(x, j), stride, n_rows, STRIP, NOTHING, at(pivot, j), at(s1, j), at(s2, j))
         j += STRIP
     if (width - j) & 8:
-        sums_strip(at(x, j), stride, n_rows, 8, False, False, at(pivot, j), at(s1, j), at(s2, j))
+        sums_strip(at(x, j), stride, n_rows, 8, NOTHING, at(pivot, j), at(s1, j), at(s2, j))
         j += 8
     if (width - j) & 4:
-        sums_strip(at(x, j), stride, n_rows, 4, False, False, at(pivot, j), at(s1, j), at(s2, j))
+        sums_strip(at(x, j), stride, n_rows, 4, NOTHING, at(pivot, j), at(s1, j), at(s2, j))
         j += 4
     while j < width:
-        sums_strip(at(x, j), stride, n_rows, 1, False, False, at(pivot, j), at(s1, j), at(s2, j))
+        sums_strip(at(x, j), stride, n_rows, 1, NOTHING, at(pivot, j), at(s1, j), at(s2, j))
         j += 1
 
 
 @inline
-def sums_rows_as(x, stride, n_rows, width, ahead, far, pivot, s1, s2):
+def sums_rows_as(x, stride, n_rows, width, ahead, fetch, pivot, s1, s2):
     done = n_rows // ROWS * ROWS
     for r in range(0, done, ROWS):
-        sums_group(at(x, r * stride), stride, ROWS, width, ahead, far, pivot, s1, s2)
+        sums_group(at(x, r * stride), stride, ROWS, width, ahead, fetch, pivot, s1, s2)
     if done < n_rows:
-        sums_group(at(x, done * stride), stride, n_rows - done, width, ahead, far, pivot, s1, s2)
+        sums_group(at(x, done * stride), stride, n_rows - done, width, ahead, fetch, pivot, s1, s2)
 
 
 @inline
-def sums_held(x, stride, n_rows, width, far, pivot, s1, s2):
+def sums_held(x, stride, n_rows, width, fetch, pivot, s1, s2):
     for j in range(0, width, HELD):
         for r in range(0, n_rows, HELD_ROWS):
-            sums_strip(at(x, r * stride + j), stride, min(HELD_ROWS, n_rows - r), HELD, True, far,
+            sums_strip(at(x, r * stride + j), stride, min(HELD_ROWS, n_rows - r), HELD, fetch,
                        at(pivot, j), at(s1, j), at(s2, j))
 
 
 @helper
-def sums_rows(x, stride, n_rows, width, held, far, pivot, s1, s2):
+def sums_rows(x, stride, n_rows, width, held, fetch, pivot, s1, s2):
     restrict()
     if held:
-        sums_held(x, stride, n_rows, width, far, pivot, s1, s2)
+        sums_held(x, stride, n_rows, width, fetch, pivot, s1, s2)
     else:
-        sums_rows_as(x, stride, n_rows, width, np.int64(COLUMNS_AHEAD), far, pivot, s1, s2)
+        sums_rows_as(x, stride, n_rows, width, np.int64(COLUMNS_AHEAD), fetch, pivot, s1, s2)
 
 
 @inline
-def sums_run(x, length, width, held, far, pivot, s1, s2):
+def sums_run(x, length, width, held, fetch, pivot, s1, s2):
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     n_rows = length // width
-    sums_rows(x, width, n_rows, width, held, far, pivot, s1, s2)
+    sums_rows(x, width, n_rows, width, held, fetch, pivot, s1, s2)
     if n_rows * width < length:
-        sums_rows(at(x, n_rows * width), width, np.int64(1), length - n_rows * width, np.bool_(False), far,
+        sums_rows(at(x, n_rows * width), width, np.int64(1), length - n_rows * width, np.bool_(False), fetch,
                   pivot, s1, s2)
 
 
 @helper
-def sums_lanes(x, length, ahead, far, pivot, s1, s2):
+def sums_lanes(x, length, ahead, fetch, pivot, s1, s2):
     """The same as rows of LANES."""
     restrict()
     lanes, one = np.int64(LANES), np.int64(1)  # no literals, lest each have its own strips
     n_rows = length // lanes
-    sums_rows_as(x, lanes, n_rows, lanes, ahead, far, pivot, s1, s2)
-    sums_group(at(x, n_rows * lanes), lanes, one, length - n_rows * lanes, ahead, far, pivot, s1, s2)
+    sums_rows_as(x, lanes, n_rows, lanes, ahead, fetch, pivot, s1, s2)
+    sums_group(at(x, n_rows * lanes), lanes, one, length - n_rows * lanes, ahead, fetch, pivot, s1, s2)
 
 
 @inline
-def sums_apart(x, stride, n_rows, width, fold, far, pivot, s1, s2):
+def sums_apart(x, stride, n_rows, width, fold, fetch, pivot, s1, s2):
     """ROWS wide rows, of `fold` rows each that lie apart (n_rows in all): summed where they lie."""
     for f in range(fold):
         j = f * width
-        sums_rows(at(x, f * stride), fold * stride, n_rows // fold, width, np.bool_(False), far,
+        sums_rows(at(x, f * stride), fold * stride, n_rows // fold, width, np.bool_(False), fetch,
                   at(pivot, j), at(s1, j), at(s2, j))
 
 
 @inline
 def sums_block(x, stride, n_rows, length, channels, plan, buffer, pivot, s1, s2):
     width = channels * plan.repeat
-    far = is_far(plan, address(at(x, 1)) - address(x))
+    fetch = what_to_fetch(plan, size_of(x), 1, stride == plan.channels * plan.inner)
     for j in range(width * plan.sums_fold):
         s1[j] = 0
         s2[j] = 0
@@ -443,21 +459,22 @@ def sums_block(x, stride, n_rows, length, channels, plan, buffer, pivot, s1, s2)
         for r in range(n_rows):
             for c in range(channels):
                 n = c * LANES
-                sums_lanes(at(x, r * stride + c * plan.inner), length, lead(stride, channels * plan.inner, far), far,
+                sums_lanes(at(x, r * stride + c * plan.inner), length,
+                           lead(stride, channels * plan.inner, fetch == FAR), fetch,
                            at(pivot, n), at(s1, n), at(s2, n))
     elif plan.sums_fold == 1:
-        sums_rows(x, stride, n_rows, width, plan.held, far, pivot, s1, s2)
+        sums_rows(x, stride, n_rows, width, plan.held, fetch, pivot, s1, s2)
     elif stride == width:
-        sums_run(x, n_rows * width, plan.sums_fold * width, plan.held, far, pivot, s1, s2)
+        sums_run(x, n_rows * width, plan.sums_fold * width, plan.held, fetch, pivot, s1, s2)
     else:
         step = step_rows(plan)
         for r in range(0, n_rows, step):
             n = min(step, n_rows - r)
             if n == step and width >= NARROW and not plan.held:
-                sums_apart(at(x, r * stride), stride, n, width, plan.sums_fold, far, pivot, s1, s2)
+                sums_apart(at(x, r * stride), stride, n, width, plan.sums_fold, fetch, pivot, s1, s2)
             else:
                 sums_run(gather(at(x, r * stride), stride, n, width, buffer), n * width, plan.sums_fold * width,
-                         plan.held, np.bool_(False), pivot, s1, s2)
+                         plan.held, np.int64(NEAR), pivot, s1, s2)
     fold_sums(s1, channels, plan.repeat, plan.sums_fold)
     fold_sums(s2, channels, plan.repeat, plan.sums_fold)
 
@@ -1133,8 +1150,7 @@ def grad_sums_strip(
     x_stride,
     n_rows,
     n_columns,  # a literal
-    ahead,      # IN   whether to fetch ahead, and then
-    far,        # IN   whether from far
+    fetch,
     mean,       # IN   (n_columns,) float64
     coefs,      # IN   at CENTER, SCALE, OFFSET
     relu,
@@ -1145,9 +1161,8 @@ def grad_sums_strip(
     a = g
     b = g * (load_wide(x, n_columns) - load(mean, n_columns))
     for r in range(1, n_rows):
-        if ahead:
-            prefetch_row(at(dy, r * dy_stride), dy_stride, far)
-            prefetch_row(at(x, r * x_stride), x_stride, far)
+        prefetch_row(at(dy, r * dy_stride), dy_stride, fetch)
+        prefetch_row(at(x, r * x_stride), x_stride, fetch)
         x_row = at(x, r * x_stride)
         g = gate(load_wide(at(dy, r * dy_stride), n_columns), x_row, n_columns, coefs, relu)
         a = a + g
@@ -1157,105 +1172,106 @@ def grad_sums_strip(
 
 
 @inline
-def grad_sums_group(dy, dy_stride, x, x_stride, n_rows, width, dy_ahead, x_ahead, far, mean, coefs, relu, s1, s2):
+def grad_sums_group(dy, dy_stride, x, x_stride, n_rows, width, dy_ahead, x_ahead, fetch, mean, coefs, relu, s1, s2):
     j = 0
     while j + STRIP <= width:
-        prefetch_rows(dy, dy_stride, n_rows, width, j, dy_ahead, far)
-        prefetch_rows(x, x_stride, n_rows, width, j, x_ahead, far)
-        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, STRIP, False, False,
+        prefetch_rows(dy, dy_stride, n_rows, width, j, dy_ahead, fetch)
+        prefetch_rows(x, x_stride, n_rows, width, j, x_ahead, fetch)
+        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, STRIP, NOTHING,
                         at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
         j += STRIP
     if (width - j) & 8:
-        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, 8, False, False,
+        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, 8, NOTHING,
                         at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
         j += 8
     if (width - j) & 4:
-        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, 4, False, False,
+        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, 4, NOTHING,
                         at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
         j += 4
     while j < width:
-        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, 1, False, False,
+        grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, 1, NOTHING,
                         at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
         j += 1
 
 
 @inline
 def grad_sums_rows_as(
-    dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, far, mean, coefs, relu, s1, s2,
+    dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, fetch, mean, coefs, relu, s1, s2,
 ):
     done = n_rows // step * step
     for r in range(0, done, step):
         grad_sums_group(at(dy, r * dy_stride), dy_stride, at(x, r * x_stride), x_stride, step, width,
-                        dy_ahead, x_ahead, far, mean, coefs, relu, s1, s2)
+                        dy_ahead, x_ahead, fetch, mean, coefs, relu, s1, s2)
     if done < n_rows:
         grad_sums_group(at(dy, done * dy_stride), dy_stride, at(x, done * x_stride), x_stride, n_rows - done, width,
-                        dy_ahead, x_ahead, far, mean, coefs, relu, s1, s2)
+                        dy_ahead, x_ahead, fetch, mean, coefs, relu, s1, s2)
 
 
 @inline
-def grad_sums_held(dy, dy_stride, x, x_stride, n_rows, width, far, mean, coefs, relu, s1, s2):
-    ahead = width == HELD  # longer rows are near
+def grad_sums_held(dy, dy_stride, x, x_stride, n_rows, width, fetch, mean, coefs, relu, s1, s2):
+    if width > HELD:  # longer rows are near
+        fetch = NOTHING
     for j in range(0, width, HELD):
         for r in range(0, n_rows, HELD_ROWS):
             grad_sums_strip(at(dy, r * dy_stride + j), dy_stride, at(x, r * x_stride + j), x_stride,
-                            min(HELD_ROWS, n_rows - r), HELD, ahead, far,
+                            min(HELD_ROWS, n_rows - r), HELD, fetch,
                             at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
 
 
 @helper
-def grad_sums_rows(dy, dy_stride, x, x_stride, n_rows, width, held, far, mean, coefs, relu, s1, s2):
+def grad_sums_rows(dy, dy_stride, x, x_stride, n_rows, width, held, fetch, mean, coefs, relu, s1, s2):
     restrict()
     ahead = np.int64(COLUMNS_AHEAD // 2)
     if held and relu:
-        grad_sums_held(dy, dy_stride, x, x_stride, n_rows, width, far, mean, coefs, True, s1, s2)
+        grad_sums_held(dy, dy_stride, x, x_stride, n_rows, width, fetch, mean, coefs, True, s1, s2)
     elif held:
-        grad_sums_held(dy, dy_stride, x, x_stride, n_rows, width, far, mean, coefs, False, s1, s2)
+        grad_sums_held(dy, dy_stride, x, x_stride, n_rows, width, fetch, mean, coefs, False, s1, s2)
     elif relu:
-        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, GRAD_ROWS, width, ahead, ahead, far,
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, GRAD_ROWS, width, ahead, ahead, fetch,
                           mean, coefs, True, s1, s2)
     else:
-        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, GRAD_ROWS, width, ahead, ahead, far,
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, GRAD_ROWS, width, ahead, ahead, fetch,
                           mean, coefs, False, s1, s2)
 
 
 @inline
-def grad_sums_run(dy, x, length, width, held, far, mean, coefs, relu, s1, s2):
+def grad_sums_run(dy, x, length, width, held, fetch, mean, coefs, relu, s1, s2):
     """A contiguous run as rows of `width`, the last of them perhaps shorter."""
     n_rows = length // width
     done = n_rows * width
-    grad_sums_rows(dy, width, x, width, n_rows, width, held, far, mean, coefs, relu, s1, s2)
+    grad_sums_rows(dy, width, x, width, n_rows, width, held, fetch, mean, coefs, relu, s1, s2)
     if done < length:
         grad_sums_rows(at(dy, done), width, at(x, done), width, np.int64(1), length - done,
-                       np.bool_(False), far, mean, coefs, relu, s1, s2)
+                       np.bool_(False), fetch, mean, coefs, relu, s1, s2)
 
 
 @inline
-def grad_sums_lanes_as(dy, dy_ahead, x, x_ahead, length, far, mean, coefs, relu, s1, s2):
+def grad_sums_lanes_as(dy, dy_ahead, x, x_ahead, length, fetch, mean, coefs, relu, s1, s2):
     lanes, one = np.int64(LANES), np.int64(1)
     n_rows = length // lanes
     done = n_rows * lanes
-    grad_sums_rows_as(dy, lanes, x, lanes, n_rows, ROWS, lanes, dy_ahead, x_ahead, far, mean, coefs, relu, s1, s2)
+    grad_sums_rows_as(dy, lanes, x, lanes, n_rows, ROWS, lanes, dy_ahead, x_ahead, fetch, mean, coefs, relu, s1, s2)
     grad_sums_group(at(dy, done), lanes, at(x, done), lanes, one, length - done, dy_ahead, x_ahead,
-                    far, mean, coefs, relu, s1, s2)
+                    fetch, mean, coefs, relu, s1, s2)
 
 
 @helper
-def grad_sums_lanes(dy, dy_ahead, x, x_ahead, length, far, mean, coefs, relu, s1, s2):
+def grad_sums_lanes(dy, dy_ahead, x, x_ahead, length, fetch, mean, coefs, relu, s1, s2):
     """The same as rows of LANES."""
     restrict()
     if relu:
-        grad_sums_lanes_as(dy, dy_ahead, x, x_ahead, length, far, mean, coefs, True, s1, s2)
+        grad_sums_lanes_as(dy, dy_ahead, x, x_ahead, length, fetch, mean, coefs, True, s1, s2)
     else:
-        grad_sums_lanes_as(dy, dy_ahead, x, x_ahead, length, far, mean, coefs, False, s1, s2)
+        grad_sums_lanes_as(dy, dy_ahead, x, x_ahead, length, fetch, mean, coefs, False, s1, s2)
 
 
 @inline
-def grad_sums_apart(dy, dy_stride, x, x_stride, n_rows, width, fold, far, mean, coefs, relu, s1, s2):
+def grad_sums_apart(dy, dy_stride, x, x_stride, n_rows, width, fold, fetch, mean, coefs, relu, s1, s2):
     """ROWS wide rows, of `fold` rows each that lie apart (n_rows in all): summed where they lie."""
     for f in range(fold):
         j = f * width
         grad_sums_rows(at(dy, f * dy_stride), fold * dy_stride, at(x, f * x_stride), fold * x_stride, n_rows // fold,
-                       width, np.bool_(False), far, at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
+                       width, np.bool_(False), fetch, at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
 
 
 @inline
@@ -1277,7 +1293,8 @@ def grad_moments_task(
     width = channels * plan.repeat
     wide = plan.sums_fold * width
     step = step_rows(plan)
-    far = is_far(plan, 2 * (address(at(x, 1)) - address(x)))
+    row = plan.channels * plan.inner
+    fetch = what_to_fetch(plan, size_of(x), 2, dy_stride == row and x_stride == row)
     spread_rows(channel_mean, 1, plan, plan.sums_fold, c0, channels, mean)
     spread_rows(channel_coefs, 3, plan, plan.sums_fold, c0, channels, coefs)
     dy = at(dy, c0 * plan.inner)
@@ -1298,25 +1315,25 @@ def grad_moments_task(
                 for c in range(channels):
                     i = c * plan.inner + block.start
                     n = c * LANES
-                    grad_sums_lanes(at(dy, r * dy_stride + i), lead(dy_stride, channels * plan.inner, far),
-                                    at(x, r * x_stride + i), lead(x_stride, channels * plan.inner, far), block.length,
-                                    far, at(mean, n), at(coefs, n), relu, at(s1, n), at(s2, n))
+                    grad_sums_lanes(at(dy, r * dy_stride + i), lead(dy_stride, channels * plan.inner, fetch == FAR),
+                                    at(x, r * x_stride + i), lead(x_stride, channels * plan.inner, fetch == FAR),
+                                    block.length, fetch, at(mean, n), at(coefs, n), relu, at(s1, n), at(s2, n))
         elif plan.sums_fold == 1:
             grad_sums_rows(at(dy, block.row * dy_stride), dy_stride, at(x, block.row * x_stride), x_stride,
-                           block.n_rows, width, plan.held, far, mean, coefs, relu, s1, s2)
+                           block.n_rows, width, plan.held, fetch, mean, coefs, relu, s1, s2)
         elif dy_stride == width and x_stride == width:
             i = block.row * width
-            grad_sums_run(at(dy, i), at(x, i), block.n_rows * width, wide, plan.held, far, mean, coefs, relu, s1, s2)
+            grad_sums_run(at(dy, i), at(x, i), block.n_rows * width, wide, plan.held, fetch, mean, coefs, relu, s1, s2)
         else:
             for r in range(block.row, last, step):
                 n = min(step, last - r)
                 if n == step and width >= NARROW and not plan.held:
                     grad_sums_apart(at(dy, r * dy_stride), dy_stride, at(x, r * x_stride), x_stride, n, width,
-                                    plan.sums_fold, far, mean, coefs, relu, s1, s2)
+                                    plan.sums_fold, fetch, mean, coefs, relu, s1, s2)
                 else:
                     grad_sums_run(gather(at(dy, r * dy_stride), dy_stride, n, width, dy_buffer),
                                   gather(at(x, r * x_stride), x_stride, n, width, x_buffer),
-                                  n * width, wide, plan.held, np.bool_(False), mean, coefs, relu, s1, s2)
+                                  n * width, wide, plan.held, np.int64(NEAR), mean, coefs, relu, s1, s2)
         fold_sums(s1, channels, plan.repeat, plan.sums_fold)
         fold_sums(s2, channels, plan.repeat, plan.sums_fold)
         for c in range(channels):
