@@ -1296,7 +1296,8 @@ def grad_moments_task(
     row = plan.channels * plan.inner
     fetch = what_to_fetch(plan, size_of(x), 2, dy_stride == row and x_stride == row)
     spread_rows(channel_mean, 1, plan, plan.sums_fold, c0, channels, mean)
-    spread_rows(channel_coefs, 3, plan, plan.sums_fold, c0, channels, coefs)
+    if relu:  # else nobody reads them
+        spread_rows(channel_coefs, 3, plan, plan.sums_fold, c0, channels, coefs)
     dy = at(dy, c0 * plan.inner)
     x = at(x, c0 * plan.inner)
     sum_dy = at(sum_dy, c0)
@@ -1714,7 +1715,7 @@ def grad_affine_task(
     held = holds_coefs(plan, width, size_of(x))
     aligned = not plan.by_inner and (one_run or joined or on_lines(grad_x, grad_x_stride, width))
     coefs = place_coefs(memory, before_line(grad_x) if aligned else 0)
-    spread_rows(channel_coefs, 3, plan, plan.fold, c0, channels, coefs)
+    spread_rows(channel_coefs, 3 if relu else 1, plan, plan.fold, c0, channels, coefs)  # without a gate, the center
     spread_rows(linear, 4, plan, plan.fold, c0, channels, at(coefs, FACTOR))
     dy = at(dy, c0 * plan.inner)
     x = at(x, c0 * plan.inner)
