@@ -165,6 +165,23 @@ def test_large(compiled, activation):
     check_backward([g[..., columns] for g in gradients], exact.backward(grad_y[:, columns], on), dtype)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_vast(compiled, order, activation):
+    """Of 100 MB the sums may be swept in another way; the rows of a small array again and again have its statistics."""
+    small, times = np.random.default_rng(0).normal(3, 2, (2, 1000, 64)).astype(np.float32), 400
+    x, grad_y = (np.asarray(np.tile(array, (times, 1)), order=order) for array in small)
+    assert x.nbytes > 96 << 20
+    one, all_of_them = (fastbn.batch_norm(array, activation=activation, backend=compiled)[1] for array in (small[0], x))
+    np.testing.assert_allclose(all_of_them.mean, one.mean, rtol=1e-14)
+    np.testing.assert_allclose(all_of_them.var, one.var, rtol=1e-13)
+    of_one = fastbn.batch_norm_backward(small[1], one, backend=compiled)[1:]
+    of_all = fastbn.batch_norm_backward(grad_y, all_of_them, backend=compiled)[1:]
+    scales = np.abs(small[1]).sum(axis=0) * times * np.finfo(np.float32).eps
+    for wanted, gradient in zip(of_one, of_all, strict=True):
+        assert (np.abs(gradient - wanted.astype(float) * times) <= scales).all()
+
+
 @pytest.mark.parametrize(
     "layout", [name for name, layout in LAYOUTS.items() if name not in (
         "every other column", "columns reversed", "inner step", "interleaved", "broadcast rows")])
