@@ -65,10 +65,10 @@ cdef enum:
     PIVOT_SHARE = 32      # the pivot is the mean of a block's first values, one in so many
     COLUMNS_AHEAD = 128   # columns that the sums fetch ahead (of two arrays half as many); of the rows further down,
     # which they fetched before, those 4 KiB apart were too many for a set of L1: the backward took 10 to 20 % longer.
-    ROWS_AHEAD = 2 * ROWS  # wide rows that they fetch ahead into L2. From memory, Zen 4 on two threads: moments of
-    # 1000000x64 12.6 ms without and 5.9 with, the sums of the backward 23 and 13; in L2 1 to 10 % longer.
+    ROWS_AHEAD = 2 * ROWS  # wide rows that they fetch ahead into L2. From memory, 65536x256 on Zen 4 and two threads:
+    # without fetching, moments 1.64 times the time, the sums of the backward 1.55; in L2, with it, 1 to 10 % longer.
     AHEAD = 512           # elements that runs and the elementwise passes fetch ahead: 10 to 25 % from 4 MB up;
-    # but see fetches_ahead
+    # but see fetches_ahead and what_to_fetch
     FAR_AHEAD = 2048      # and of two inputs, or of runs to sum, that will not be in a cache, into L2 instead: of the
     # time, on Zen 4 and two threads, grad_affine of 4096x1024 took 0.7, moments of 32x64x56x56 as much.
     MOMENTS = 3           # a channel: mean, rest, m2
@@ -85,7 +85,7 @@ cdef enum:
     # not least lines that the next thread writes, took them 5 to 30 % longer (4x128x14x14, 32x4096)
     FAR_BYTES = 20 << 20  # inputs from here on are fetched from further ahead: they will not be in a cache (from 16 MiB
     # on, Zen 5 with 32 MiB of L3: moments of 4096x1024 1.15 times the time, sums of the backward of 4096x512 1.5)
-    VAST_BYTES = 96 << 20  # and of these hardly any; see what_to_fetch
+    VAST_BYTES = 96 << 20  # and from here on hardly any of them will be; see what_to_fetch
     RUN_BYTES = 24 << 10  # of a channel, from which on its run may be a sweep
     STREAM_BYTES = 20 << 20  # of inputs and output together: from here on the output bypasses the caches. On Zen 4,
     # 32 MiB of L3: 64x64x28x28 forward and backward 0.6 of the time, 4096x512 backward 0.7; 2000x1000 forward 1.1.
