@@ -32,9 +32,14 @@ cdef extern from "machine.h" nogil:
     void stream_end()
 
 cdef extern from "halves.h" nogil:
-    void sums_halves(
+    void sums_strip_halves(
         const float* x, Py_ssize_t stride, Py_ssize_t n_rows, const double* pivot, double* s1, double* s2)
-    void grad_sums_halves(
+    void grad_sums_strip_halves(
+        const float* dy, Py_ssize_t dy_stride, const float* x, Py_ssize_t x_stride, Py_ssize_t n_rows,
+        const double* mean, double* s1, double* s2)
+    void sums_held_halves(
+        const float* x, Py_ssize_t stride, Py_ssize_t n_rows, const double* pivot, double* s1, double* s2)
+    void grad_sums_held_halves(
         const float* dy, Py_ssize_t dy_stride, const float* x, Py_ssize_t x_stride, Py_ssize_t n_rows,
         const double* mean, double* s1, double* s2)
 
@@ -55,6 +60,7 @@ cdef enum:
     HELD_BYTES = 2048     # and so are, so many columns at a time, near rows of a multiple of HELD columns and up to so
     # many bytes (512x256: moments 0.95 of the time, 500x192 0.9, sums of its backward 0.85; longer ones up to 1.3)
     LANES = STRIP         # accumulators a channel where the inner axis is swept: one strip
+    HALVES_INNER = 24 * LANES  # of shorter runs, the moments are not summed by halves (14x14: 1.15 times the time)
     SHORT_INNER = 64      # inner axes shorter than this are swept as columns (64x512x7x7: moments half the time,
     # forward and backward 0.7), of few rows only those half as short (2x512x7x7: 1.5 times the time)
     FEW_ROWS = 16
@@ -112,6 +118,7 @@ cdef enum:                 # what the sums fetch ahead, a literal wherever it is
     NOTHING
     NEAR                   # what is in a cache, into L1
     FAR                    # what is not, into L2
+    HALVES                 # the same, but of a channel's run nothing; and they add in vectors of AVX2: see halves.h
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,6 +326,13 @@ cdef inline void prefetch_strip(const floating* x, bint far) noexcept nogil:
             prefetch(<const char*>x + i * LINE)
 
 
+cdef inline int near(Py_ssize_t itemsize) noexcept nogil:
+    """How the sums read what is in a cache. Zen 4, two threads, float32 by halves (HELD columns: see held_by_halves):
+    moments of 512x512 and 500x77 0.88 of the time, 4096x256 0.92, 8x64x56x56 0.86; sums of the backward of 256x512 0.85
+    to 0.9, 500x77 0.82, 4096x256 0.93, 32x256x14x14 0.9 to 0.94, 8x64x56x56 0.73."""
+    return HALVES if VECTOR_BYTES == LINE and itemsize == sizeof(float) and is_zen4() else NEAR
+
+
 cdef int what_to_fetch(
     const Plan* plan, Py_ssize_t itemsize, Py_ssize_t n_arrays,
     bint in_line,              # IN   whether rows lie one behind the other
@@ -334,7 +348,9 @@ cdef int what_to_fetch(
         sweep = plan.inner * itemsize >= (RUN_BYTES if n_arrays == 2 or itemsize == sizeof(double) else 8 * RUN_BYTES)
     if sweep and is_zen4() and (itemsize == sizeof(double) or n_bytes >= VAST_BYTES):
         return NOTHING
-    return FAR if far else NEAR
+    if plan.by_inner and n_arrays == 1 and plan.inner < HALVES_INNER:
+        return FAR if far else NEAR
+    return FAR if far else near(itemsize)
 
 
 cdef inline void prefetch_row(
@@ -445,7 +461,7 @@ cdef inline void prefetch_rows(
     """A strip of each row of what is coming. Takes a 268 MB array from 12 to 20 GB/s on two threads."""
     cdef const floating* strip
     cdef Py_ssize_t r
-    if fetch == NOTHING:
+    if fetch == NOTHING or (fetch == HALVES and stride == LANES):
         return
     strip = <const floating*>hidden(coming(x, stride, n_rows, width, j, ahead))
     for r in range(n_rows):
@@ -470,7 +486,10 @@ cdef inline void sums_group(
         if floating is float and fetch == FAR and stride == LANES:
             for r in range(n_rows, 2 * n_rows):
                 prefetch(x + r * LANES)
-        sums_strip(<const floating*>hidden(x + j), stride, n_rows, STRIP, NOTHING, pivot + j, s1 + j, s2 + j)
+        if floating is float and fetch == HALVES:
+            sums_strip_halves(<const float*>hidden(x + j), stride, n_rows, pivot + j, s1 + j, s2 + j)
+        else:
+            sums_strip(<const floating*>hidden(x + j), stride, n_rows, STRIP, NOTHING, pivot + j, s1 + j, s2 + j)
         j += STRIP
     if (width - j) & 8:
         sums_strip(x + j, stride, n_rows, 8, NOTHING, pivot + j, s1 + j, s2 + j)
@@ -502,15 +521,15 @@ cdef inline void sums_rows_as(
         sums_group(x, stride, 1, width, ahead, fetch, pivot, s1, s2)
 
 
-cdef inline bint by_halves(const floating* x, Py_ssize_t stride, Py_ssize_t width) noexcept nogil:
-    """Whether to sum HELD columns at a time as halves.h does it. Zen 4, two threads, moments: 16384x64, 62500x64 0.77
-    of the time, 2048x32 0.75, 256x512 0.82, 512x256 0.83; sums of the backward: 16384x64 0.87, 2048x32 0.77. Where rows
-    of HELD columns lie apart, it took up to 1.35 times as long, in no cache 1.3, in the backward 1.5."""
-    return floating is float and VECTOR_BYTES == LINE and (stride == HELD or width > HELD) and is_zen4()
+cdef inline bint held_by_halves(Py_ssize_t stride, Py_ssize_t width) noexcept nogil:
+    """Whether to take HELD columns at a time so, too. Zen 4, two threads, moments: 16384x64, 62500x64 0.77 of the time,
+    2048x32 0.75, 256x512 0.82, 512x256 0.83; sums of the backward: 16384x64 0.87, 2048x32 0.77. Where rows of HELD
+    columns lie apart, it took up to 1.35 times as long, in no cache 1.3, in the backward 1.5."""
+    return stride == HELD or width > HELD
 
 
 cdef inline void sums_held(
-    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, bint halves, int fetch,
+    const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, int fetch,
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t j = 0, r, n
@@ -518,8 +537,8 @@ cdef inline void sums_held(
         r = 0
         while r < n_rows:
             n = min(HELD_ROWS, n_rows - r)
-            if halves:
-                sums_halves(<const float*>x + r * stride + j, stride, n, pivot + j, s1 + j, s2 + j)
+            if floating is float and fetch == HALVES:
+                sums_held_halves(<const float*>x + r * stride + j, stride, n, pivot + j, s1 + j, s2 + j)
             else:
                 sums_strip(x + r * stride + j, stride, n, HELD, fetch, pivot + j, s1 + j, s2 + j)
             r += HELD_ROWS
@@ -531,17 +550,19 @@ cdef void sums_rows(
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
     if held and fetch == FAR:
-        sums_held(x, stride, n_rows, width, False, FAR, pivot, s1, s2)
+        sums_held(x, stride, n_rows, width, FAR, pivot, s1, s2)
     elif held and fetch == NOTHING:
-        sums_held(x, stride, n_rows, width, False, NOTHING, pivot, s1, s2)
-    elif held and by_halves(x, stride, width):
-        sums_held(x, stride, n_rows, width, True, NEAR, pivot, s1, s2)
+        sums_held(x, stride, n_rows, width, NOTHING, pivot, s1, s2)
+    elif floating is float and held and fetch == HALVES and held_by_halves(stride, width):
+        sums_held(x, stride, n_rows, width, HALVES, pivot, s1, s2)
     elif held:
-        sums_held(x, stride, n_rows, width, False, NEAR, pivot, s1, s2)
+        sums_held(x, stride, n_rows, width, NEAR, pivot, s1, s2)
     elif fetch == FAR:  # a literal in each branch: tested in each strip, it took float64 3 to 7 % longer
         sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, FAR, pivot, s1, s2)
     elif fetch == NEAR:
         sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, NEAR, pivot, s1, s2)
+    elif floating is float and fetch == HALVES:
+        sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, HALVES, pivot, s1, s2)
     else:
         sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, NOTHING, pivot, s1, s2)
 
@@ -566,6 +587,8 @@ cdef void sums_lanes(
         sums_rows_as(x, LANES, n_rows, LANES, ahead, FAR, pivot, s1, s2)
     elif fetch == NEAR:
         sums_rows_as(x, LANES, n_rows, LANES, ahead, NEAR, pivot, s1, s2)
+    elif floating is float and fetch == HALVES:
+        sums_rows_as(x, LANES, n_rows, LANES, ahead, HALVES, pivot, s1, s2)
     else:
         sums_rows_as(x, LANES, n_rows, LANES, ahead, NOTHING, pivot, s1, s2)
     if n_rows * LANES < length:
@@ -609,7 +632,7 @@ cdef void sums_block(
                 sums_apart(x + r * stride, stride, width, plan.sums_fold, fetch, pivot, s1, s2)
             else:
                 sums_run(gather(x + r * stride, stride, n, width, buffer), n * width, plan.sums_fold * width,
-                         plan.held, NEAR, pivot, s1, s2)
+                         plan.held, near(sizeof(floating)), pivot, s1, s2)
     fold_sums(s1, channels, plan.repeat, plan.sums_fold)
     fold_sums(s2, channels, plan.repeat, plan.sums_fold)
 
@@ -1441,8 +1464,12 @@ cdef inline void grad_sums_group(
     while j + STRIP <= width:
         prefetch_rows(dy, dy_stride, n_rows, width, j, dy_ahead, fetch)
         prefetch_rows(x, x_stride, n_rows, width, j, x_ahead, fetch)
-        grad_sums_strip(<const floating*>hidden(dy + j), dy_stride, <const floating*>hidden(x + j), x_stride,
-                        n_rows, STRIP, NOTHING, mean + j, coefs + j, relu, s1 + j, s2 + j)
+        if floating is float and fetch == HALVES:
+            grad_sums_strip_halves(<const float*>hidden(dy + j), dy_stride, <const float*>hidden(x + j), x_stride,
+                                   n_rows, mean + j, s1 + j, s2 + j)
+        else:
+            grad_sums_strip(<const floating*>hidden(dy + j), dy_stride, <const floating*>hidden(x + j), x_stride,
+                            n_rows, STRIP, NOTHING, mean + j, coefs + j, relu, s1 + j, s2 + j)
         j += STRIP
     if (width - j) & 8:
         grad_sums_strip(dy + j, dy_stride, x + j, x_stride, n_rows, 8, NOTHING,
@@ -1493,17 +1520,20 @@ cdef inline void grad_sums_rows_by(
     if relu and fetch == FAR:
         grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, FAR,
                           mean, coefs, True, s1, s2)
-    elif relu and fetch == NEAR:
-        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, NEAR,
+    elif relu and fetch == NOTHING:
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, NOTHING,
                           mean, coefs, True, s1, s2)
     elif relu:
-        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, NOTHING,
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, NEAR,
                           mean, coefs, True, s1, s2)
     elif fetch == FAR:
         grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, FAR,
                           mean, coefs, False, s1, s2)
     elif fetch == NEAR:
         grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, NEAR,
+                          mean, coefs, False, s1, s2)
+    elif floating is float and fetch == HALVES:
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, HALVES,
                           mean, coefs, False, s1, s2)
     else:
         grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, NOTHING,
@@ -1512,7 +1542,7 @@ cdef inline void grad_sums_rows_by(
 
 cdef inline void grad_sums_held_as(
     const floating* dy, Py_ssize_t dy_stride, const floating* x, Py_ssize_t x_stride,
-    Py_ssize_t n_rows, Py_ssize_t width, bint halves, int fetch,
+    Py_ssize_t n_rows, Py_ssize_t width, int fetch,
     const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
 ) noexcept nogil:
     cdef Py_ssize_t j = 0, r, n
@@ -1520,9 +1550,9 @@ cdef inline void grad_sums_held_as(
         r = 0
         while r < n_rows:
             n = min(HELD_ROWS, n_rows - r)
-            if halves:
-                grad_sums_halves(<const float*>dy + r * dy_stride + j, dy_stride,
-                                 <const float*>x + r * x_stride + j, x_stride, n, mean + j, s1 + j, s2 + j)
+            if floating is float and fetch == HALVES:
+                grad_sums_held_halves(<const float*>dy + r * dy_stride + j, dy_stride,
+                                      <const float*>x + r * x_stride + j, x_stride, n, mean + j, s1 + j, s2 + j)
             else:
                 grad_sums_strip(dy + r * dy_stride + j, dy_stride, x + r * x_stride + j, x_stride, n, HELD,
                                 fetch, mean + j, coefs + j, relu, s1 + j, s2 + j)
@@ -1535,23 +1565,23 @@ cdef void grad_sums_held(
     Py_ssize_t n_rows, Py_ssize_t width, int fetch, const double* mean, const floating* coefs, bint relu,
     double* s1, double* s2,
 ) noexcept nogil:
-    cdef bint halves = fetch == NEAR and by_halves(dy, dy_stride, width) and by_halves(x, x_stride, width)
+    cdef bint halves = fetch == HALVES and held_by_halves(dy_stride, width) and held_by_halves(x_stride, width)
     if width > HELD:  # longer rows are near (512x256: fetching took 1.1 times as long, float64 256x256 1.3 to 1.5)
         fetch = NOTHING
     if relu and fetch == FAR:
-        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, FAR, mean, coefs, True, s1, s2)
-    elif relu and fetch == NEAR:
-        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, NEAR, mean, coefs, True, s1, s2)
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, FAR, mean, coefs, True, s1, s2)
+    elif relu and fetch == NOTHING:
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, NOTHING, mean, coefs, True, s1, s2)
     elif relu:
-        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, NOTHING, mean, coefs, True, s1, s2)
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, NEAR, mean, coefs, True, s1, s2)
+    elif floating is float and halves:
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, HALVES, mean, coefs, False, s1, s2)
     elif fetch == FAR:
-        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, FAR, mean, coefs, False, s1, s2)
-    elif halves:
-        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, True, NEAR, mean, coefs, False, s1, s2)
-    elif fetch == NEAR:
-        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, NEAR, mean, coefs, False, s1, s2)
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, FAR, mean, coefs, False, s1, s2)
+    elif fetch == NOTHING:
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, NOTHING, mean, coefs, False, s1, s2)
     else:
-        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, False, NOTHING, mean, coefs, False, s1, s2)
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, NEAR, mean, coefs, False, s1, s2)
 
 
 cdef void grad_sums_rows(
@@ -1673,7 +1703,7 @@ cdef void grad_moments_task(
                 else:
                     grad_sums_run(gather(dy + r * dy_stride, dy_stride, n, width, dy_buffer),
                                   gather(x + r * x_stride, x_stride, n, width, x_buffer),
-                                  n * width, wide, plan.held, NEAR, mean, coefs, relu, s1, s2)
+                                  n * width, wide, plan.held, near(sizeof(floating)), mean, coefs, relu, s1, s2)
         fold_sums(s1, channels, plan.repeat, plan.sums_fold)
         fold_sums(s2, channels, plan.repeat, plan.sums_fold)
         for c in range(channels):

@@ -1,14 +1,20 @@
-/* The sums of HELD columns in vectors of AVX2 instead of AVX-512, in the same bits as sums_strip and grad_sums_strip. A
-   Zen 4 converts eight floats to doubles in one vector in 1.33 cycles, in two of four in 1; with the rest of the moments'
-   sums that makes 2.97 and 2.02 cycles, with that of the backward's 4.35 and 2.5. The accumulators of half the columns fill
-   the registers, so one half is summed after the other. */
+/* The sums of floats in vectors of AVX2 instead of AVX-512, in the same bits as sums_strip and grad_sums_strip. A Zen 4
+   converts eight floats to doubles in one vector in 1.33 cycles, in two of four in 1; with the rest of the moments' sums
+   that makes 2.97 and 2.02 cycles, with that of the backward's 4.35 and 2.5, if accumulators fill the registers. */
 #ifndef FASTBN_HALVES_H
 #define FASTBN_HALVES_H
 
 #include "machine.h"
 
+#if defined(__GNUC__)
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#else
+#define ALWAYS_INLINE static inline
+#endif
+
 #if defined(__AVX512F__)
 enum {
+    STRIP_VECTORS = 4,     /* of a STRIP */
     HALF = 32,             /* columns, in ... */
     VECTORS = HALF / 4,    /* ... so many vectors */
     MOMENTS_ROWS = 64,     /* rows after which the other half's turn comes: as many as sums_strip gets at most ... */
@@ -40,6 +46,33 @@ static inline void fetch(struct coming next, ptrdiff_t row) {
 
 static inline __m256d load_four(const float *x) { return _mm256_cvtps_pd(_mm_loadu_ps(x)); }
 
+static inline void add_row(
+    const float *x, int n_vectors, __m256d one, const __m256d *center, __m256d *strip1, __m256d *strip2
+) {
+    for (int j = 0; j < n_vectors; j++) {
+        __m256d d = _mm256_sub_pd(load_four(x + 4 * j), center[j]);
+        strip1[j] = _mm256_fmadd_pd(d, one, strip1[j]);
+        strip2[j] = _mm256_fmadd_pd(d, d, strip2[j]);
+    }
+}
+
+static inline void grad_add_row(
+    const float *dy, const float *x, int n_vectors, __m256d one, const __m256d *center, __m256d *sum_dy, __m256d *sum_dy_xc
+) {
+    for (int j = 0; j < n_vectors; j++) {
+        __m256d dy_j = load_four(dy + 4 * j), x_j = load_four(x + 4 * j);
+        /* In turns by the multipliers and by the adders, else it would be 3 cycles instead of 2.5. */
+        __m256d d = j % 2 ? _mm256_fmsub_pd(x_j, one, center[j]) : _mm256_sub_pd(x_j, center[j]);
+        sum_dy[j] = _mm256_fmadd_pd(dy_j, one, sum_dy[j]);
+        sum_dy_xc[j] = _mm256_fmadd_pd(dy_j, d, sum_dy_xc[j]);
+    }
+}
+
+static inline void add_to(double *sums, int n_vectors, const __m256d *strip) {
+    for (int j = 0; j < n_vectors; j++)
+        _mm256_storeu_pd(sums + 4 * j, _mm256_add_pd(_mm256_loadu_pd(sums + 4 * j), strip[j]));
+}
+
 static inline void sums_half(
     const float *x, ptrdiff_t stride, ptrdiff_t n_rows, struct coming next, const double *pivot, double *s1, double *s2
 ) {
@@ -51,16 +84,10 @@ static inline void sums_half(
     }
     for (ptrdiff_t r = 0; r < n_rows; r++) {
         fetch(next, r);
-        for (int j = 0; j < VECTORS; j++) {
-            __m256d d = _mm256_sub_pd(load_four(x + r * stride + 4 * j), center[j]);
-            strip1[j] = _mm256_fmadd_pd(d, one, strip1[j]);
-            strip2[j] = _mm256_fmadd_pd(d, d, strip2[j]);
-        }
+        add_row(x + r * stride, VECTORS, one, center, strip1, strip2);
     }
-    for (int j = 0; j < VECTORS; j++) {
-        _mm256_storeu_pd(s1 + 4 * j, _mm256_add_pd(_mm256_loadu_pd(s1 + 4 * j), strip1[j]));
-        _mm256_storeu_pd(s2 + 4 * j, _mm256_add_pd(_mm256_loadu_pd(s2 + 4 * j), strip2[j]));
-    }
+    add_to(s1, VECTORS, strip1);
+    add_to(s2, VECTORS, strip2);
 }
 
 /* This one goes on from strip1 and strip2. */
@@ -78,13 +105,7 @@ static inline void grad_sums_half(
     for (ptrdiff_t r = 0; r < n_rows; r++) {
         fetch(dy_next, r);
         fetch(x_next, r);
-        for (int j = 0; j < VECTORS; j++) {
-            __m256d dy_j = load_four(dy + r * dy_stride + 4 * j), x_j = load_four(x + r * x_stride + 4 * j);
-            /* In turns by the multipliers and by the adders, else it would be 3 cycles instead of 2.5. */
-            __m256d d = j % 2 ? _mm256_fmsub_pd(x_j, one, center[j]) : _mm256_sub_pd(x_j, center[j]);
-            sum_dy[j] = _mm256_fmadd_pd(dy_j, one, sum_dy[j]);
-            sum_dy_xc[j] = _mm256_fmadd_pd(dy_j, d, sum_dy_xc[j]);
-        }
+        grad_add_row(dy + r * dy_stride, x + r * x_stride, VECTORS, one, center, sum_dy, sum_dy_xc);
     }
     for (int j = 0; j < VECTORS; j++) {
         _mm256_storeu_pd(strip1 + 4 * j, sum_dy[j]);
@@ -93,8 +114,49 @@ static inline void grad_sums_half(
 }
 #endif
 
-/* As sums_strip, of up to HELD_ROWS rows. */
-static inline void sums_halves(
+/* As sums_strip, of STRIP columns. */
+ALWAYS_INLINE void sums_strip_halves(
+    const float *x, ptrdiff_t stride, ptrdiff_t n_rows, const double *pivot, double *s1, double *s2
+) {
+#if defined(__AVX512F__)
+    const __m256d one = _mm256_set1_pd(hidden_one());
+    __m256d center[STRIP_VECTORS], strip1[STRIP_VECTORS], strip2[STRIP_VECTORS];
+    for (int j = 0; j < STRIP_VECTORS; j++) {
+        center[j] = _mm256_loadu_pd(pivot + 4 * j);
+        strip1[j] = strip2[j] = _mm256_setzero_pd();
+    }
+    for (ptrdiff_t r = 0; r < n_rows; r++)
+        add_row(hidden(x + r * stride), STRIP_VECTORS, one, center, strip1, strip2);
+    add_to(s1, STRIP_VECTORS, strip1);
+    add_to(s2, STRIP_VECTORS, strip2);
+#else
+    (void)x, (void)stride, (void)n_rows, (void)pivot, (void)s1, (void)s2;
+#endif
+}
+
+/* As grad_sums_strip, of STRIP columns, without a ReLU. */
+ALWAYS_INLINE void grad_sums_strip_halves(
+    const float *dy, ptrdiff_t dy_stride, const float *x, ptrdiff_t x_stride, ptrdiff_t n_rows,
+    const double *mean, double *s1, double *s2
+) {
+#if defined(__AVX512F__)
+    const __m256d one = _mm256_set1_pd(hidden_one());
+    __m256d center[STRIP_VECTORS], sum_dy[STRIP_VECTORS], sum_dy_xc[STRIP_VECTORS];
+    for (int j = 0; j < STRIP_VECTORS; j++) {
+        center[j] = _mm256_loadu_pd(mean + 4 * j);
+        sum_dy[j] = sum_dy_xc[j] = _mm256_setzero_pd();
+    }
+    for (ptrdiff_t r = 0; r < n_rows; r++)
+        grad_add_row(hidden(dy + r * dy_stride), hidden(x + r * x_stride), STRIP_VECTORS, one, center, sum_dy, sum_dy_xc);
+    add_to(s1, STRIP_VECTORS, sum_dy);
+    add_to(s2, STRIP_VECTORS, sum_dy_xc);
+#else
+    (void)dy, (void)dy_stride, (void)x, (void)x_stride, (void)n_rows, (void)mean, (void)s1, (void)s2;
+#endif
+}
+
+/* As sums_strip, of HELD columns and up to HELD_ROWS rows. */
+static inline void sums_held_halves(
     const float *x, ptrdiff_t stride, ptrdiff_t n_rows, const double *pivot, double *s1, double *s2
 ) {
 #if defined(__AVX512F__)
@@ -107,8 +169,8 @@ static inline void sums_halves(
 #endif
 }
 
-/* As grad_sums_strip, without a ReLU. */
-static inline void grad_sums_halves(
+/* As grad_sums_strip, of so many, without a ReLU. */
+static inline void grad_sums_held_halves(
     const float *dy, ptrdiff_t dy_stride, const float *x, ptrdiff_t x_stride, ptrdiff_t n_rows,
     const double *mean, double *s1, double *s2
 ) {
