@@ -1302,9 +1302,6 @@ def grad_moments_task(
     x = at(x, c0 * plan.inner)
     sum_dy = at(sum_dy, c0)
     sum_dy_xmu = at(sum_dy_xmu, c0)
-    for c in range(channels):
-        sum_dy[c] = 0
-        sum_dy_xmu[c] = 0
     for index in range(chunk * plan.chunk, min((chunk + 1) * plan.chunk, plan.n_blocks)):
         block = block_at(plan, index)
         last = block.row + block.n_rows
@@ -1337,6 +1334,11 @@ def grad_moments_task(
                                   n * width, wide, plan.held, np.int64(NEAR), mean, coefs, relu, s1, s2)
         fold_sums(s1, channels, plan.repeat, plan.sums_fold)
         fold_sums(s2, channels, plan.repeat, plan.sums_fold)
+        if index == chunk * plan.chunk:
+            for c in range(channels):
+                sum_dy[c] = s1[c]
+                sum_dy_xmu[c] = s2[c]
+            continue
         for c in range(channels):
             sum_dy[c] += s1[c]
             sum_dy_xmu[c] += s2[c]
