@@ -14,7 +14,7 @@
 
 #if defined(__AVX512F__)
 enum {
-    STRIP_VECTORS = 4,     /* of a STRIP */
+    STRIP_VECTORS = 4,     /* of a STRIP. Of HELD columns, half fill the registers, so one is summed after the other: */
     HALF = 32,             /* columns, in ... */
     VECTORS = HALF / 4,    /* ... so many vectors */
     MOMENTS_ROWS = 64,     /* rows after which the other half's turn comes: as many as sums_strip gets at most ... */
