@@ -118,7 +118,7 @@ cdef enum:                 # what the sums fetch ahead, a literal wherever it is
     NOTHING
     NEAR                   # what is in a cache, into L1
     FAR                    # what is not, into L2
-    HALVES                 # the same, but of a channel's run nothing; and they add in vectors of AVX2: see halves.h
+    HALVES                 # as NEAR, but of a channel's run nothing; and they add in vectors of AVX2: see halves.h
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ cdef inline void prefetch_strip(const floating* x, bint far) noexcept nogil:
             prefetch(<const char*>x + i * LINE)
 
 
-cdef inline int near(Py_ssize_t itemsize) noexcept nogil:
+cdef inline int near_or_halves(Py_ssize_t itemsize) noexcept nogil:
     """How the sums read what is in a cache. Zen 4, two threads, float32 by halves (HELD columns: see held_by_halves):
     moments of 512x512 and 500x77 0.88 of the time, 4096x256 0.92, 8x64x56x56 0.86; sums of the backward of 256x512 0.85
     to 0.9, 500x77 0.82, 4096x256 0.93, 32x256x14x14 0.9 to 0.94, 8x64x56x56 0.73."""
@@ -361,7 +361,7 @@ cdef int what_to_fetch(
         return NOTHING
     if plan.by_inner and n_arrays == 1 and plan.inner < HALVES_INNER:
         return FAR if far else NEAR
-    return FAR if far else near(itemsize)
+    return FAR if far else near_or_halves(itemsize)
 
 
 cdef inline void prefetch_row(
@@ -533,9 +533,9 @@ cdef inline void sums_rows_as(
 
 
 cdef inline bint held_by_halves(Py_ssize_t stride, Py_ssize_t width) noexcept nogil:
-    """Whether to take HELD columns at a time so, too. Zen 4, two threads, moments: 16384x64, 62500x64 0.77 of the time,
-    2048x32 0.75, 256x512 0.82, 512x256 0.83; sums of the backward: 16384x64 0.87, 2048x32 0.77. Where rows of HELD
-    columns lie apart, it took up to 1.35 times as long, in no cache 1.3, in the backward 1.5."""
+    """Whether by halves where HELD columns are taken at a time, too. Zen 4, two threads, moments: 16384x64, 62500x64
+    0.77 of the time, 2048x32 0.75, 256x512 0.82, 512x256 0.83; sums of the backward: 16384x64 0.87, 2048x32 0.77. Where
+    rows of HELD columns lie apart, it took up to 1.35 times as long, in no cache 1.3, in the backward 1.5."""
     return stride == HELD or width > HELD
 
 
@@ -643,7 +643,7 @@ cdef void sums_block(
                 sums_apart(x + r * stride, stride, width, plan.sums_fold, fetch, pivot, s1, s2)
             else:
                 sums_run(gather(x + r * stride, stride, n, width, buffer), n * width, plan.sums_fold * width,
-                         plan.held, near(sizeof(floating)), pivot, s1, s2)
+                         plan.held, near_or_halves(sizeof(floating)), pivot, s1, s2)
     fold_sums(s1, channels, plan.repeat, plan.sums_fold)
     fold_sums(s2, channels, plan.repeat, plan.sums_fold)
 
@@ -1728,7 +1728,8 @@ cdef void grad_moments_task(
                 else:
                     grad_sums_run(gather(dy + r * dy_stride, dy_stride, n, width, dy_buffer),
                                   gather(x + r * x_stride, x_stride, n, width, x_buffer),
-                                  n * width, wide, plan.held, near(sizeof(floating)), mean, coefs, relu, s1, s2)
+                                  n * width, wide, plan.held, near_or_halves(sizeof(floating)),
+                                  mean, coefs, relu, s1, s2)
         fold_sums(s1, channels, plan.repeat, plan.sums_fold)
         fold_sums(s2, channels, plan.repeat, plan.sums_fold)
         if index == chunk * plan.chunk:
