@@ -68,9 +68,13 @@ static inline void grad_add_row(
     }
 }
 
-static inline void add_to(double *sums, int n_vectors, const __m256d *strip) {
-    for (int j = 0; j < n_vectors; j++)
-        _mm256_storeu_pd(sums + 4 * j, _mm256_add_pd(_mm256_loadu_pd(sums + 4 * j), strip[j]));
+static inline void add_strips(
+    double *s1, double *s2, int n_vectors, __m256d one, const __m256d *strip1, const __m256d *strip2
+) {
+    for (int j = 0; j < n_vectors; j++) {
+        _mm256_storeu_pd(s1 + 4 * j, _mm256_add_pd(strip1[j], _mm256_loadu_pd(s1 + 4 * j)));
+        _mm256_storeu_pd(s2 + 4 * j, _mm256_fmadd_pd(strip2[j], one, _mm256_loadu_pd(s2 + 4 * j)));
+    }
 }
 
 static inline void sums_half(
@@ -86,8 +90,7 @@ static inline void sums_half(
         fetch(next, r);
         add_row(x + r * stride, VECTORS, one, center, strip1, strip2);
     }
-    add_to(s1, VECTORS, strip1);
-    add_to(s2, VECTORS, strip2);
+    add_strips(s1, s2, VECTORS, one, strip1, strip2);
 }
 
 /* This one goes on from strip1 and strip2. */
@@ -123,12 +126,12 @@ ALWAYS_INLINE void sums_strip_halves(
     __m256d center[STRIP_VECTORS], strip1[STRIP_VECTORS], strip2[STRIP_VECTORS];
     for (int j = 0; j < STRIP_VECTORS; j++) {
         center[j] = _mm256_loadu_pd(pivot + 4 * j);
-        strip1[j] = strip2[j] = _mm256_setzero_pd();
+        strip1[j] = _mm256_sub_pd(load_four(x + 4 * j), center[j]);
+        strip2[j] = _mm256_mul_pd(strip1[j], strip1[j]);
     }
-    for (ptrdiff_t r = 0; r < n_rows; r++)
+    for (ptrdiff_t r = 1; r < n_rows; r++)
         add_row(hidden(x + r * stride), STRIP_VECTORS, one, center, strip1, strip2);
-    add_to(s1, STRIP_VECTORS, strip1);
-    add_to(s2, STRIP_VECTORS, strip2);
+    add_strips(s1, s2, STRIP_VECTORS, one, strip1, strip2);
 #else
     (void)x, (void)stride, (void)n_rows, (void)pivot, (void)s1, (void)s2;
 #endif
@@ -144,12 +147,12 @@ ALWAYS_INLINE void grad_sums_strip_halves(
     __m256d center[STRIP_VECTORS], sum_dy[STRIP_VECTORS], sum_dy_xc[STRIP_VECTORS];
     for (int j = 0; j < STRIP_VECTORS; j++) {
         center[j] = _mm256_loadu_pd(mean + 4 * j);
-        sum_dy[j] = sum_dy_xc[j] = _mm256_setzero_pd();
+        sum_dy[j] = load_four(dy + 4 * j);
+        sum_dy_xc[j] = _mm256_mul_pd(sum_dy[j], _mm256_sub_pd(load_four(x + 4 * j), center[j]));
     }
-    for (ptrdiff_t r = 0; r < n_rows; r++)
+    for (ptrdiff_t r = 1; r < n_rows; r++)
         grad_add_row(hidden(dy + r * dy_stride), hidden(x + r * x_stride), STRIP_VECTORS, one, center, sum_dy, sum_dy_xc);
-    add_to(s1, STRIP_VECTORS, sum_dy);
-    add_to(s2, STRIP_VECTORS, sum_dy_xc);
+    add_strips(s1, s2, STRIP_VECTORS, one, sum_dy, sum_dy_xc);
 #else
     (void)dy, (void)dy_stride, (void)x, (void)x_stride, (void)n_rows, (void)mean, (void)s1, (void)s2;
 #endif
