@@ -180,15 +180,6 @@ static inline double multiply_add(double x, double y, double z) {
 #endif
 }
 
-/* 0, which the compiler does not know: to clear sums that will stay in registers, it would have memory set. */
-static inline double hidden_zero(void) {
-    double zero = 0;
-#if defined(__SSE2__) && defined(__GNUC__)
-    __asm__("" : "+x"(zero));
-#endif
-    return zero;
-}
-
 /* The pointer, of which the compiler does not know that it moves by a step each time: for the rows of a step and for what
    they fetch ahead it would keep 16 pointers, move each, and spill some. Sums of the backward: float64 0.81 to 0.93 of the
    time, images 0.9 to 0.96, float32 columns 0.94 to 1; moments of 64x512x7x7 0.91, the others as before. */
