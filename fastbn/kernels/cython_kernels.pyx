@@ -26,6 +26,7 @@ cdef extern from "machine.h" nogil:
     void load_doubles(double* row, const double* x, Py_ssize_t n)
     double hidden_one()
     double multiply_add(double x, double y, double z)
+    double multiply(double x, double y)
     const void* hidden(const void* pointer)
     void stream_line(void* target, const void* source)
     void stream_end()
@@ -36,6 +37,9 @@ cdef extern from "halves.h" nogil:
     void grad_sums_strip_halves(
         const float* dy, Py_ssize_t dy_stride, const float* x, Py_ssize_t x_stride, Py_ssize_t n_rows,
         const double* mean, double* s1, double* s2)
+    void sums_run_halves(const float* x, Py_ssize_t length, const double* pivot, double* s1, double* s2)
+    void grad_sums_run_halves(
+        const float* dy, const float* x, Py_ssize_t length, const double* mean, double* s1, double* s2)
     void sums_held_halves(
         const float* x, Py_ssize_t stride, Py_ssize_t n_rows, const double* pivot, double* s1, double* s2)
     void grad_sums_held_halves(
@@ -439,7 +443,7 @@ cdef inline void sums_strip(
     for j in range(n_columns):
         d = row[j] - pivot[j]
         strip1[j] = d
-        strip2[j] = d * d  # from zeros, 5 % longer in L2
+        strip2[j] = multiply(d, d)  # from zeros, 5 % longer in L2
     # Row by row, so that a row is converted just before its use (256x512: column by column took 3 to 22 % longer).
     for r in range(1, n_rows):
         prefetch_row(x + r * stride, stride, n_columns, fetch)
@@ -471,7 +475,7 @@ cdef inline void prefetch_rows(
     """A strip of each row of what is coming. Takes a 268 MB array from 12 to 20 GB/s on two threads."""
     cdef const floating* strip
     cdef Py_ssize_t r
-    if fetch == NOTHING or (fetch == HALVES and stride == LANES):
+    if fetch == NOTHING:
         return
     strip = <const floating*>hidden(coming(x, stride, n_rows, width, j, ahead))
     for r in range(n_rows):
@@ -593,12 +597,13 @@ cdef void sums_lanes(
 ) noexcept nogil:
     """The same as rows of LANES: by a literal, runs of 196 take half the time; a call for the rest takes a quarter."""
     cdef Py_ssize_t n_rows = length // LANES
+    if floating is float and fetch == HALVES:
+        sums_run_halves(<const float*>x, length, pivot, s1, s2)
+        return
     if fetch == FAR:  # a literal in each branch: tested in each strip, it took 32x256x14x14 10 to 20 % longer
         sums_rows_as(x, LANES, n_rows, LANES, ahead, FAR, pivot, s1, s2)
     elif fetch == NEAR:
         sums_rows_as(x, LANES, n_rows, LANES, ahead, NEAR, pivot, s1, s2)
-    elif floating is float and fetch == HALVES:
-        sums_rows_as(x, LANES, n_rows, LANES, ahead, HALVES, pivot, s1, s2)
     else:
         sums_rows_as(x, LANES, n_rows, LANES, ahead, NOTHING, pivot, s1, s2)
     if n_rows * LANES < length:
@@ -1473,7 +1478,7 @@ cdef inline void grad_sums_strip(
         one = hidden_one()
     grad_load_row(dy, x, n_columns, coefs, relu, strip1, x_row)
     for j in range(n_columns):
-        strip2[j] = strip1[j] * (x_row[j] * one - mean[j])  # from zeros, AVX2 and float64 took up to 8 % longer
+        strip2[j] = multiply(strip1[j], x_row[j] * one - mean[j])  # from zeros, up to 8 % longer
     for r in range(1, n_rows):
         prefetch_row(dy + r * dy_stride, dy_stride, n_columns, fetch)
         prefetch_row(x + r * x_stride, x_stride, n_columns, fetch)
@@ -1657,6 +1662,9 @@ cdef inline void grad_sums_lanes(
 ) noexcept nogil:
     """The same as rows of LANES."""
     cdef Py_ssize_t n_rows = length // LANES, done = n_rows * LANES
+    if floating is float and fetch == HALVES and not relu:
+        grad_sums_run_halves(<const float*>dy, <const float*>x, length, mean, s1, s2)
+        return
     grad_sums_rows_by(dy, LANES, x, LANES, n_rows, ROWS, LANES, dy_ahead, x_ahead, fetch, mean, coefs, relu, s1, s2)
     if done < length:
         grad_sums_rest(dy + done, x + done, length - done, mean, coefs, relu, s1, s2)

@@ -14,13 +14,18 @@
 
 #if defined(__AVX512F__)
 enum {
-    STRIP_VECTORS = 4,     /* of a STRIP. Of HELD columns, half fill the registers, so one is summed after the other: */
+    STRIP_COLUMNS = 16,
+    STRIP_VECTORS = STRIP_COLUMNS / 4,
+    /* Of HELD columns, half fill the registers, so one is summed after the other: */
     HALF = 32,             /* columns, in ... */
     VECTORS = HALF / 4,    /* ... so many vectors */
     MOMENTS_ROWS = 64,     /* rows after which the other half's turn comes: as many as sums_strip gets at most ... */
     GRAD_ROWS_EACH = 32,   /* ... and of two arrays so many, for the first cache holds no more */
     ROWS_COMING = 2        /* what longer rows fetch ahead (256x512: with 1 or 4, moments 1.02 to 1.05 times the time) */
 };
+
+/* Unrolled before GCC puts arrays into registers; of a loop that it unrolls later, they would be on the stack. */
+#define FOR_VECTORS(j, n) _Pragma("GCC unroll 8") for (int j = 0; j < (n); j++)
 
 /* What is fetched while rows of a half are summed: a half a row. */
 struct coming {
@@ -49,7 +54,7 @@ static inline __m256d load_four(const float *x) { return _mm256_cvtps_pd(_mm_loa
 static inline void add_row(
     const float *x, int n_vectors, __m256d one, const __m256d *center, __m256d *strip1, __m256d *strip2
 ) {
-    for (int j = 0; j < n_vectors; j++) {
+    FOR_VECTORS(j, n_vectors) {
         __m256d d = _mm256_sub_pd(load_four(x + 4 * j), center[j]);
         strip1[j] = _mm256_fmadd_pd(d, one, strip1[j]);
         strip2[j] = _mm256_fmadd_pd(d, d, strip2[j]);
@@ -59,7 +64,7 @@ static inline void add_row(
 static inline void grad_add_row(
     const float *dy, const float *x, int n_vectors, __m256d one, const __m256d *center, __m256d *sum_dy, __m256d *sum_dy_xc
 ) {
-    for (int j = 0; j < n_vectors; j++) {
+    FOR_VECTORS(j, n_vectors) {
         __m256d dy_j = load_four(dy + 4 * j), x_j = load_four(x + 4 * j);
         /* In turns by the multipliers and by the adders, else it would be 3 cycles instead of 2.5. */
         __m256d d = j % 2 ? _mm256_fmsub_pd(x_j, one, center[j]) : _mm256_sub_pd(x_j, center[j]);
@@ -68,13 +73,81 @@ static inline void grad_add_row(
     }
 }
 
+/* Strips are added to sums in turns by the adders and by the multipliers. */
 static inline void add_strips(
     double *s1, double *s2, int n_vectors, __m256d one, const __m256d *strip1, const __m256d *strip2
 ) {
-    for (int j = 0; j < n_vectors; j++) {
+    FOR_VECTORS(j, n_vectors) {
         _mm256_storeu_pd(s1 + 4 * j, _mm256_add_pd(strip1[j], _mm256_loadu_pd(s1 + 4 * j)));
         _mm256_storeu_pd(s2 + 4 * j, _mm256_fmadd_pd(strip2[j], one, _mm256_loadu_pd(s2 + 4 * j)));
     }
+}
+
+/* The sums of a channel's run, in registers from its first value to its last. */
+struct run_sums {
+    __m256d one, center[STRIP_VECTORS], s1[STRIP_VECTORS], s2[STRIP_VECTORS];
+};
+
+ALWAYS_INLINE struct run_sums load_run_sums(const double *center, const double *s1, const double *s2) {
+    struct run_sums sums = {_mm256_set1_pd(hidden_one())};
+    FOR_VECTORS(j, STRIP_VECTORS) {
+        sums.center[j] = _mm256_loadu_pd(center + 4 * j);
+        sums.s1[j] = _mm256_loadu_pd(s1 + 4 * j);
+        sums.s2[j] = _mm256_loadu_pd(s2 + 4 * j);
+    }
+    return sums;
+}
+
+ALWAYS_INLINE void store_run_sums(const struct run_sums *sums, double *s1, double *s2) {
+    FOR_VECTORS(j, STRIP_VECTORS) {
+        _mm256_storeu_pd(s1 + 4 * j, sums->s1[j]);
+        _mm256_storeu_pd(s2 + 4 * j, sums->s2[j]);
+    }
+}
+
+ALWAYS_INLINE void add_run_strips(struct run_sums *sums, const __m256d *strip1, const __m256d *strip2) {
+    FOR_VECTORS(j, STRIP_VECTORS) {
+        sums->s1[j] = _mm256_add_pd(strip1[j], sums->s1[j]);
+        sums->s2[j] = _mm256_fmadd_pd(strip2[j], sums->one, sums->s2[j]);
+    }
+}
+
+/* Of so many values the lanes in a vector. */
+static inline __mmask8 lanes_of(ptrdiff_t n) { return n < 4 ? (1 << n) - 1 : 15; }
+
+static inline __m256d load_lanes(__mmask8 lanes, const float *x) { return _mm256_cvtps_pd(_mm_maskz_loadu_ps(lanes, x)); }
+
+static inline void add_lanes(struct run_sums *sums, int j, __mmask8 lanes, __m256d value1, __m256d value2) {
+    sums->s1[j] = _mm256_mask_add_pd(sums->s1[j], lanes, sums->s1[j], value1);
+    sums->s2[j] = _mm256_mask_add_pd(sums->s2[j], lanes, sums->s2[j], value2);
+}
+
+/* n_rows rows of a run from x[i] on; where the next one begins. */
+ALWAYS_INLINE ptrdiff_t add_run_rows(struct run_sums *sums, const float *x, ptrdiff_t i, int n_rows) {
+    __m256d strip1[STRIP_VECTORS], strip2[STRIP_VECTORS];
+    x += i;
+    FOR_VECTORS(j, STRIP_VECTORS) {
+        strip1[j] = _mm256_sub_pd(load_four(x + 4 * j), sums->center[j]);
+        strip2[j] = _mm256_mul_pd(strip1[j], strip1[j]);
+    }
+    for (int r = 1; r < n_rows; r++)
+        add_row(x + r * STRIP_COLUMNS, STRIP_VECTORS, sums->one, sums->center, strip1, strip2);
+    add_run_strips(sums, strip1, strip2);
+    return i + n_rows * STRIP_COLUMNS;
+}
+
+ALWAYS_INLINE ptrdiff_t grad_add_run_rows(struct run_sums *sums, const float *dy, const float *x, ptrdiff_t i, int n_rows) {
+    __m256d strip1[STRIP_VECTORS], strip2[STRIP_VECTORS];
+    dy += i;
+    x += i;
+    FOR_VECTORS(j, STRIP_VECTORS) {
+        strip1[j] = load_four(dy + 4 * j);
+        strip2[j] = _mm256_mul_pd(strip1[j], _mm256_sub_pd(load_four(x + 4 * j), sums->center[j]));
+    }
+    for (int r = 1; r < n_rows; r++)
+        grad_add_row(dy + r * STRIP_COLUMNS, x + r * STRIP_COLUMNS, STRIP_VECTORS, sums->one, sums->center, strip1, strip2);
+    add_run_strips(sums, strip1, strip2);
+    return i + n_rows * STRIP_COLUMNS;
 }
 
 static inline void sums_half(
@@ -82,7 +155,7 @@ static inline void sums_half(
 ) {
     const __m256d one = _mm256_set1_pd(hidden_one());
     __m256d center[VECTORS], strip1[VECTORS], strip2[VECTORS];
-    for (int j = 0; j < VECTORS; j++) {
+    FOR_VECTORS(j, VECTORS) {
         center[j] = _mm256_loadu_pd(pivot + 4 * j);
         strip1[j] = strip2[j] = _mm256_setzero_pd();
     }
@@ -100,7 +173,7 @@ static inline void grad_sums_half(
 ) {
     const __m256d one = _mm256_set1_pd(hidden_one());
     __m256d center[VECTORS], sum_dy[VECTORS], sum_dy_xc[VECTORS];
-    for (int j = 0; j < VECTORS; j++) {
+    FOR_VECTORS(j, VECTORS) {
         center[j] = _mm256_loadu_pd(mean + 4 * j);
         sum_dy[j] = _mm256_loadu_pd(strip1 + 4 * j);
         sum_dy_xc[j] = _mm256_loadu_pd(strip2 + 4 * j);
@@ -110,7 +183,7 @@ static inline void grad_sums_half(
         fetch(x_next, r);
         grad_add_row(dy + r * dy_stride, x + r * x_stride, VECTORS, one, center, sum_dy, sum_dy_xc);
     }
-    for (int j = 0; j < VECTORS; j++) {
+    FOR_VECTORS(j, VECTORS) {
         _mm256_storeu_pd(strip1 + 4 * j, sum_dy[j]);
         _mm256_storeu_pd(strip2 + 4 * j, sum_dy_xc[j]);
     }
@@ -124,7 +197,7 @@ ALWAYS_INLINE void sums_strip_halves(
 #if defined(__AVX512F__)
     const __m256d one = _mm256_set1_pd(hidden_one());
     __m256d center[STRIP_VECTORS], strip1[STRIP_VECTORS], strip2[STRIP_VECTORS];
-    for (int j = 0; j < STRIP_VECTORS; j++) {
+    FOR_VECTORS(j, STRIP_VECTORS) {
         center[j] = _mm256_loadu_pd(pivot + 4 * j);
         strip1[j] = _mm256_sub_pd(load_four(x + 4 * j), center[j]);
         strip2[j] = _mm256_mul_pd(strip1[j], strip1[j]);
@@ -145,7 +218,7 @@ ALWAYS_INLINE void grad_sums_strip_halves(
 #if defined(__AVX512F__)
     const __m256d one = _mm256_set1_pd(hidden_one());
     __m256d center[STRIP_VECTORS], sum_dy[STRIP_VECTORS], sum_dy_xc[STRIP_VECTORS];
-    for (int j = 0; j < STRIP_VECTORS; j++) {
+    FOR_VECTORS(j, STRIP_VECTORS) {
         center[j] = _mm256_loadu_pd(mean + 4 * j);
         sum_dy[j] = load_four(dy + 4 * j);
         sum_dy_xc[j] = _mm256_mul_pd(sum_dy[j], _mm256_sub_pd(load_four(x + 4 * j), center[j]));
@@ -155,6 +228,59 @@ ALWAYS_INLINE void grad_sums_strip_halves(
     add_strips(s1, s2, STRIP_VECTORS, one, sum_dy, sum_dy_xc);
 #else
     (void)dy, (void)dy_stride, (void)x, (void)x_stride, (void)n_rows, (void)mean, (void)s1, (void)s2;
+#endif
+}
+
+/* As sums_lanes. */
+static inline void sums_run_halves(const float *x, ptrdiff_t length, const double *pivot, double *s1, double *s2) {
+#if defined(__AVX512F__)
+    struct run_sums sums = load_run_sums(pivot, s1, s2);
+    ptrdiff_t i = 0, n_rows = length / STRIP_COLUMNS;
+    for (; n_rows >= 8; n_rows -= 8)
+        i = add_run_rows(&sums, x, i, 8);
+    if (n_rows & 4)
+        i = add_run_rows(&sums, x, i, 4);
+    if (n_rows & 2)
+        i = add_run_rows(&sums, x, i, 2);
+    if (n_rows & 1)
+        i = add_run_rows(&sums, x, i, 1);
+    FOR_VECTORS(j, STRIP_VECTORS)
+        if (i + 4 * j < length) {
+            __mmask8 lanes = lanes_of(length - i - 4 * j);
+            __m256d d = _mm256_sub_pd(load_lanes(lanes, x + i + 4 * j), sums.center[j]);
+            add_lanes(&sums, j, lanes, d, _mm256_mul_pd(d, d));
+        }
+    store_run_sums(&sums, s1, s2);
+#else
+    (void)x, (void)length, (void)pivot, (void)s1, (void)s2;
+#endif
+}
+
+/* As grad_sums_lanes, without a ReLU. */
+static inline void grad_sums_run_halves(
+    const float *dy, const float *x, ptrdiff_t length, const double *mean, double *s1, double *s2
+) {
+#if defined(__AVX512F__)
+    struct run_sums sums = load_run_sums(mean, s1, s2);
+    ptrdiff_t i = 0, n_rows = length / STRIP_COLUMNS;
+    for (; n_rows >= 8; n_rows -= 8)
+        i = grad_add_run_rows(&sums, dy, x, i, 8);
+    if (n_rows & 4)
+        i = grad_add_run_rows(&sums, dy, x, i, 4);
+    if (n_rows & 2)
+        i = grad_add_run_rows(&sums, dy, x, i, 2);
+    if (n_rows & 1)
+        i = grad_add_run_rows(&sums, dy, x, i, 1);
+    FOR_VECTORS(j, STRIP_VECTORS)
+        if (i + 4 * j < length) {
+            __mmask8 lanes = lanes_of(length - i - 4 * j);
+            __m256d dy_j = load_lanes(lanes, dy + i + 4 * j);
+            __m256d d = _mm256_sub_pd(load_lanes(lanes, x + i + 4 * j), sums.center[j]);
+            add_lanes(&sums, j, lanes, dy_j, _mm256_mul_pd(dy_j, d));
+        }
+    store_run_sums(&sums, s1, s2);
+#else
+    (void)dy, (void)x, (void)length, (void)mean, (void)s1, (void)s2;
 #endif
 }
 
