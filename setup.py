@@ -28,9 +28,9 @@ if sys.platform != "win32":
 GCC_FLAGS = [
     # It unrolls a loop of 16 steps whole before it vectorises; a strip with a ReLU then stays scalar, ten times slower.
     "--param", "max-completely-peel-times=15",
-    # It copies an array that could stay in registers as memory is copied, by way of the stack, in vectors of another
-    # width, whose loads wait for the stores. With it, on Zen 4, affine took 1.3 times the time and grad_affine 1.2 of
-    # float64, 1.3 to 1.8 and 1.2 to 1.4 of float32 by AVX2 and by the baseline; by AVX-512, one vector a strip, as long.
+    # It takes loops through arrays that could stay in registers for copies of memory, by way of the stack in vectors of
+    # another width, whose loads wait for the stores. On Zen 4 affine took 1.3 times the time of float64, 1.3 to 1.8 by
+    # AVX2 and by the baseline, grad_affine 1.2 and 1.2 to 1.4; float32 by AVX-512, one vector a strip, as long.
     "-fno-tree-loop-distribute-patterns",
     # Python's own flags have this one or not, by how it was built. Without, loops keep more on the stack, whose loads
     # wait for stores (Zen 5, sums of the backward of 65536x256: 1.08 to 1.15 times the time) ...

@@ -597,7 +597,7 @@ cdef void sums_lanes(
 ) noexcept nogil:
     """The same as rows of LANES: by a literal, runs of 196 take half the time; a call for the rest takes a quarter."""
     cdef Py_ssize_t n_rows = length // LANES
-    if floating is float and fetch == HALVES:
+    if floating is float and fetch == HALVES:  # 8x64x56x56 and 16x128x28x28 0.92 to 0.97 of the time by such strips
         sums_run_halves(<const float*>x, length, pivot, s1, s2)
         return
     if fetch == FAR:  # a literal in each branch: tested in each strip, it took 32x256x14x14 10 to 20 % longer
@@ -979,8 +979,9 @@ cdef inline Py_ssize_t count_pairs(
     """How many pairs of rows there are behind a run's first line, if its rows are taken two at a time: with the
     coefficients loaded half as often, affine took 0.83 of the time in L2 and 0.89 in L3, grad_affine 0.88 and 0.95. A
     Zen 5 loads twice as much a cycle; there it is 1.06 to 1.19 from L2 on, 0.85 to 1 in L1. Not where a strip of
-    coefficients is several vectors: GCC keeps them on the stack (AVX2: 2 to 4 times the time). Nor of wider rows than
-    512 columns: 512x768 took 0.97 to 1.17 of the time, 256x1024 1.1 to 1.25."""
+    coefficients is several vectors, which leaves few registers: float64 took 1.15 to 1.3 times as long, AVX2 0.92 to
+    1.14, its grad_affine up to 1.24. Nor of wider rows than 512 columns: 512x768 took 0.97 to 1.17 of the time,
+    256x1024 1.1 to 1.25."""
     if stream or width > TILE or width % STRIP or STRIP * <Py_ssize_t>sizeof(floating) > VECTOR_BYTES:
         return 0
     if loads_two() and length * <Py_ssize_t>sizeof(floating) > FIRST_BYTES:
@@ -1012,7 +1013,7 @@ cdef inline Py_ssize_t next_column(Py_ssize_t j, Py_ssize_t n_columns, Py_ssize_
 cdef inline bint fetches_ahead(bint near, bint stream) noexcept nogil:
     """Whether the elementwise passes do, strip by strip. A Zen 4 itself finds what lies in its caches: there
     forward and backward of 512x1024 took 0.97 and 0.83 of the time, of 1300x1000 0.97 and 0.9, of 32x256x14x14 0.99 and
-    0.97, of float64 8192x64 0.84 and 0.75, by AVX2 0.95 to 1.02. Pairs of rows of affine fetch all the same: 0.94
+    0.97, of float64 8192x64 0.84 and 0.75, by AVX2 0.58 to 1. Pairs of rows of affine fetch all the same: 0.94
     to 0.98 of the time."""
     return stream or not (near or is_zen4())
 
@@ -1026,7 +1027,7 @@ cdef inline bint trails(const floating* y, const floating* x) noexcept nogil:
 cdef inline bint goes_back(const floating* y, const floating* x, Py_ssize_t each, bint stream) noexcept nogil:
     """Whether to take strips from the last one on. Zen 4: affine of 65536x128 0.62 of the time, of 256x512 0.7 to 0.95;
     Sapphire Rapids: 512x512 half, 4096x1024 0.55 to 0.75, 65536x256 0.8 (where nothing waits, 1.25). Not those of
-    images (each = 0), whose backward would take up to 20 % longer, nor AVX2's through the caches, 5 %."""
+    images (each = 0), whose backward would take up to 20 % longer, nor AVX2's through the caches, 4 to 21 %."""
     return each and (stream or VECTOR_BYTES == LINE) and trails(y, x)
 
 
@@ -1662,6 +1663,7 @@ cdef inline void grad_sums_lanes(
 ) noexcept nogil:
     """The same as rows of LANES."""
     cdef Py_ssize_t n_rows = length // LANES, done = n_rows * LANES
+    # By strips in halves, 9x9 to 14x14 took 1.1 to 1.25 times as long, 7x7 1.25, 28x28 and 56x56 as long, 8x8 0.9.
     if floating is float and fetch == HALVES and not relu:
         grad_sums_run_halves(<const float*>dy, <const float*>x, length, mean, s1, s2)
         return
