@@ -396,8 +396,7 @@ cdef inline const floating* gather(
     for r in range(n_rows):
         for j in range(ceil_div(width, STRIP)):
             prefetch_strip(x + (r + n_rows) * stride + j * STRIP, False)
-        for j in range(width):
-            buffer[r * width + j] = x[r * stride + j]
+        memcpy(buffer + r * width, x + r * stride, width * sizeof(floating))
     return buffer
 
 
