@@ -63,7 +63,8 @@ cdef enum:
     HELD_BYTES = 2048     # and so are, so many columns at a time, near rows of a multiple of HELD columns and up to so
     # many bytes (512x256: moments 0.95 of the time, 500x192 0.9, sums of its backward 0.85; longer ones up to 1.3)
     LANES = STRIP         # accumulators a channel where the inner axis is swept: one strip
-    HALVES_INNER = 24 * LANES  # of shorter runs, the moments are not summed by halves (14x14: 1.15 times the time)
+    HALVES_INNER = 24 * LANES  # of shorter runs, the moments are not summed by halves (14x14 in L3: 1.01 to 1.05 times
+    # the time, 8x8 1.1 to 1.17; in L2 0.95 to 1)
     SHORT_INNER = 64      # inner axes shorter than this are swept as columns (64x512x7x7: moments half the time,
     # forward and backward 0.7), of few rows only those half as short (2x512x7x7: 1.5 times the time)
     FEW_ROWS = 16
