@@ -231,7 +231,7 @@ ALWAYS_INLINE void grad_sums_strip_halves(
 #endif
 }
 
-/* As sums_lanes. */
+/* As sums_lanes: rows of STRIP lanes by eight, four, two, one, and what is left of the run. */
 static inline void sums_run_halves(const float *x, ptrdiff_t length, const double *pivot, double *s1, double *s2) {
 #if defined(__AVX512F__)
     struct run_sums sums = load_run_sums(pivot, s1, s2);

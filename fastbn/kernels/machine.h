@@ -180,7 +180,7 @@ static inline double multiply_add(double x, double y, double z) {
 #endif
 }
 
-/* x * y, in a rounding of its own, in which no compiler fuses it with an addition that follows. */
+/* x * y, in a rounding of its own: a compiler for x86's FMA would fuse it with an addition that follows. */
 static inline double multiply(double x, double y) {
 #if defined(__FMA__) && defined(__GNUC__)
     return __builtin_fma(x, y, 0);
