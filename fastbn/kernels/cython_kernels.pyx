@@ -675,7 +675,7 @@ cdef inline void pivot_strip(
 cdef void pivot_rows(
     const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, double* pivot,
 ) noexcept nogil:
-    """The mean of a few rows, as sums_block would have it; but that adds up squares, too, in memory (moments of 256x512,
+    """The mean of a few rows, as sums_block would have it, which adds up squares, too (moments of 256x512,
     100x2000, 2048x1024, 4096x1024 0.97 of the time)."""
     cdef Py_ssize_t j = 0
     cdef double weight = 1 / <double>n_rows
