@@ -275,6 +275,8 @@ def what_to_fetch(
         sweep = plan.inner * itemsize >= (RUN_BYTES if n_arrays == 2 or itemsize == 8 else 8 * RUN_BYTES)
     if sweep and ZEN4 and (itemsize == 8 or n_bytes >= VAST_BYTES):
         return NOTHING
+    if plan.held and not in_line and ZEN4 and itemsize == 4 and 2 * n_bytes >= FAR_BYTES:
+        return NOTHING
     return FAR if far else NEAR
 
 
