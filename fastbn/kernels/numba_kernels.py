@@ -558,17 +558,18 @@ def moments_task(
         k = ceil_div(block.n_rows * block.length, PIVOT_SHARE)
         k_length = min(block.length, k) if plan.by_inner else block.length
         k_rows = ceil_div(k, k_length)
-        plain = plan.repeat == plan.sums_fold == 1
-        if plain:
+        spreads = plan.repeat > 1 or plan.sums_fold > 1
+        if not spreads:
             pivot_rows(first, stride, k_rows, channels, mean_b)
         for c in range(channels):
-            if not plain:
+            if spreads:
                 mean_b[c] = first[c * plan.inner]
             s1[c] = 0
         weight = 0.0
-        # The first rows about the first row give the pivot; all rows about the pivot give the sums.
+        # The first rows about the first row give the pivot, if it is not there yet (of 32 rows, the first is the pivot
+        # as it is); all rows about the pivot give the sums.
         for n_rows, length in ((k_rows, k_length), (block.n_rows, block.length)):
-            if (plain or k == 1) and n_rows < block.n_rows:  # of 32 rows, the first is the pivot as it is
+            if (k == 1 or not spreads) and n_rows < block.n_rows:
                 continue
             for c in range(channels):
                 mean_b[c] += s1[c] * weight
