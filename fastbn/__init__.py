@@ -6,7 +6,7 @@ The way of an array through the package, and where to look::
       -> functional.py, moments.py, layer.py   the public functions and the layer: the algorithm, no loops over data
       -> _layout.py                            validation, and the canonical view (outer, channels, inner)
       -> _memory.py                            large outputs, reused
-      -> _dispatch.py                          which backend, how many threads
+      -> _dispatch.py, _forks.py               which backend, how many threads; what a fork asks of them
       -> kernels/                              cython_calls.pyx -> cython_kernels.pyx, and its twin: numba_calls.py ->
                                                numba_kernels.py; reference.py
       -> back up: y, gradients, statistics

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from fastbn import _forks
+
 BACKENDS = ("cython", "numba", "numpy")
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")  # in the order of cpu_level()
 
@@ -62,7 +64,8 @@ def _load(name: str) -> ModuleType:
     if name not in _loaded:
         module = _cython_module() if name == "cython" else {"numba": "numba_calls", "numpy": "reference"}[name]
         try:
-            _loaded[name] = importlib.import_module(f"fastbn.kernels.{module}")
+            with _forks.first_use:
+                _loaded[name] = importlib.import_module(f"fastbn.kernels.{module}")
         except ImportError as error:
             remedy = "pip install 'fastbn[numba]'" if name == "numba" else "reinstall fastbn where a C compiler is"
             raise BackendUnavailableError(f"backend {name!r} is not available ({error}); {remedy}") from error
@@ -135,31 +138,20 @@ def warmup(backend: str | None = None) -> None:
 _process_limit: int | None = None  # what set_num_threads was given
 _scope_limit: contextvars.ContextVar[int | None] = contextvars.ContextVar("fastbn_thread_limit", default=None)
 _default: tuple[int, str] | None = None
-_in_forked_child = False
-
-
-def _after_fork() -> None:
-    # A child inherits OpenMP's bookkeeping but none of its threads: its next parallel region would wait forever.
-    global _in_forked_child
-    _in_forked_child = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def thread_count(num_threads: int | None = None) -> int:
     """The limit for one call: the argument, else thread_limit, else set_num_threads, else the default."""
     if num_threads is not None:
         num_threads = positive(num_threads, "num_threads")
-    if _in_forked_child:
+    if _forks.in_child:
         return 1
     return num_threads or _scope_limit.get() or _process_limit or default_threads()[0]
 
 
 def thread_source() -> str:
     """Where thread_count() comes from, in words."""
-    if _in_forked_child:
+    if _forks.in_child:
         return "a forked child runs on one thread"
     if _scope_limit.get():
         return "thread_limit"

@@ -140,6 +140,13 @@ def unmasked(x: ArrayLike, name: str) -> NDArray[Any]:
         raise ValueError(f"{name} must be an array of numbers, got {type(x).__name__}: {error}") from None
 
 
+def real(values: ArrayLike, name: str) -> NDArray[Any]:
+    array = unmasked(values, name)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{name} must be real numbers, got dtype {array.dtype}")
+    return array
+
+
 def integer(value: int, name: str) -> int:
     try:
         return operator.index(value)
@@ -160,9 +167,7 @@ def per_channel(values: ArrayLike | None, name: str, channels: int, dtype: Any) 
         return None
     if is_plain(values, (dtype,)) and values.shape == (channels,) and values.flags.c_contiguous:
         return values
-    array = unmasked(values, name)
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"{name} must be real numbers, got dtype {array.dtype}")
+    array = real(values, name)
     if array.shape != (channels,):
         raise ValueError(f"{name} must have shape ({channels},), got {array.shape}")
     array = np.ascontiguousarray(array, dtype)
@@ -179,10 +184,12 @@ def statistics(values: ArrayLike | None, name: str, channels: int) -> NDArray[np
 
 
 def epsilon(eps: float) -> float:
-    if isinstance(eps, str):
+    if isinstance(eps, (str, bytes, bytearray)):
         raise TypeError(f"eps must be a number >= 0, got {eps!r}")
     try:
         value = float(eps)
+    except OverflowError:  # an integer beyond the floats
+        value = math.inf
     except (TypeError, ValueError):
         raise TypeError(f"eps must be a number >= 0, got {eps!r}") from None
     if not 0 <= value < math.inf:
@@ -193,7 +200,7 @@ def epsilon(eps: float) -> float:
 def uses_relu(activation: str | None) -> bool:
     if activation is None:
         return False
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     return True
 
@@ -220,11 +227,13 @@ def output(
         raise ValueError("out must be the input itself or share no memory with the inputs, got one that overlaps")
     if not out.flags.c_contiguous and overlaps_itself(out):
         raise ValueError("out must have a place of its own for each value, got an array that overlaps itself")
-    return out, canonical(out, layout)
+    return out, canonical(np.asarray(out), layout)  # np.matrix would give reshape another shape
 
 
 def same_place(a: NDArray[Any], b: NDArray[Any]) -> bool:
-    return a.ctypes.data == b.ctypes.data and a.strides == b.strides
+    """Whether two arrays of one shape are the same memory; the stride of an axis of length 1 is arbitrary."""
+    return a.ctypes.data == b.ctypes.data and all(
+        n == 1 or s == t for n, s, t in zip(a.shape, a.strides, b.strides, strict=True))
 
 
 def apart(values: Any, out: NDArray[Any]) -> Any:

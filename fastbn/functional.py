@@ -216,7 +216,7 @@ def normalize(
     eps = _layout.epsilon(eps)
     relu = _layout.uses_relu(activation)
     if (var < 0).any():
-        raise ValueError(f"var must be >= 0, got {var.min()}")
+        raise ValueError(f"var must be >= 0, got {var[var < 0][0]}")
     y, y_view = _layout.output(out, layout, x)
     mean, var, gamma, beta = (_layout.apart(values, y) for values in (mean, var, gamma, beta))
 

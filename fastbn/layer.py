@@ -92,8 +92,8 @@ class BatchNorm:
     ) -> None:
         self.num_features = _dispatch.positive(num_features, "num_features")
         self.dtype = np.dtype(dtype)
-        if self.dtype not in (np.float32, np.float64):
-            raise TypeError(f"dtype must be float32 or float64, got {self.dtype}")
+        if dtype is None or self.dtype not in _layout.FLOATS:  # np.dtype(None) is float64
+            raise TypeError(f"dtype must be float32 or float64, got {dtype and self.dtype}")
         if momentum is not None and (not isinstance(momentum, Real) or not 0 <= momentum <= 1):
             raise ValueError(f"momentum must be a number in [0, 1] or None, got {momentum!r}")
         _layout.uses_relu(activation)

@@ -43,11 +43,13 @@ class Moments:
 
     def __init__(self, count: int, mean: ArrayLike, m2: ArrayLike) -> None:
         self.count = _layout.integer(count, "count")
-        self.mean = np.array(mean, np.float64)
-        self.m2 = np.array(m2, np.float64)
+        self.mean = np.array(_layout.real(mean, "mean"), np.float64)
+        self.m2 = np.array(_layout.real(m2, "m2"), np.float64)
         self._rest = np.zeros_like(self.mean)
         if self.count < 0:
             raise ValueError(f"count must be >= 0, got {count}")
+        if (self.m2 < 0).any():
+            raise ValueError(f"m2 must be >= 0, got {self.m2[self.m2 < 0][0]}")
         if self.mean.ndim != 1 or self.mean.shape != self.m2.shape:
             raise ValueError(f"mean and m2 must have one shape (channels,), got {self.mean.shape} and {self.m2.shape}")
 

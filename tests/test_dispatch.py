@@ -266,3 +266,37 @@ def test_plain_arrays_go_the_short_ways(compiled, monkeypatch):
     assert set(ways) == set(answered)
     assert len(ways) >= 4
     assert all(all(answers) for answers in answered.values()), answered
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("name", ["numpy", "cython"])
+def test_a_fork_amid_another_threads_first_use_of_a_backend(run_python, name):
+    """The child would wait forever for the import that it inherited half done."""
+    code = f"""
+import os, signal, sys, threading, time, warnings
+import numpy as np, fastbn
+warnings.simplefilter("ignore")
+importing = threading.Event()
+
+class Slow:
+    def find_spec(name, path=None, target=None):
+        if name.startswith("fastbn.kernels."):
+            importing.set()
+            time.sleep(0.3)
+
+def use():
+    fastbn.batch_norm(np.ones((4, 3)), backend={name!r})
+
+sys.meta_path.insert(0, Slow)
+other = threading.Thread(target=use)
+other.start()
+importing.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    use()
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+other.join()
+"""
+    assert run_python(code).stdout == "7\n"

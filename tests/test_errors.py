@@ -83,8 +83,11 @@ OPTIONS = [
     ("eps", np.nan, ValueError, "eps must be a finite number >= 0, got nan"),
     ("eps", np.inf, ValueError, "eps must be a finite number >= 0, got inf"),
     ("eps", "1e-5", TypeError, "eps must be a number >= 0, got '1e-5'"),
+    ("eps", 10**400, ValueError, "eps must be a finite number >= 0, got 1000"),
+    ("eps", b"1", TypeError, "eps must be a number >= 0, got b'1'"),
     ("eps", None, TypeError, "eps must be a number >= 0, got None"),
     ("activation", "gelu", ValueError, r"activation must be one of \(None, 'relu'\), got 'gelu'"),
+    ("activation", np.array(["relu", "gelu"]), ValueError, r"activation must be one of .* got array"),
     ("backend", "cuda", ValueError, "backend must be one of .*'auto', 'cython', 'numba', 'numpy'.* got 'cuda'"),
     ("num_threads", 0, ValueError, "num_threads must be >= 1, got 0"),
     ("num_threads", -2, ValueError, "num_threads must be >= 1, got -2"),
@@ -130,6 +133,7 @@ def test_bad_gamma_and_beta(backend, call, name, value, error, words):
         ("mean", None, TypeError, r"mean must be an array of shape \(3,\), got None"),
         ("var", np.ones((1, 3)), ValueError, r"var must have shape \(3,\), got \(1, 3\)"),
         ("var", np.array([1, -0.5, 1]), ValueError, "var must be >= 0, got -0.5"),
+        ("var", np.array([np.nan, -0.5, 1]), ValueError, "var must be >= 0, got -0.5"),
         ("var", np.ones(3, object), TypeError, "var must be real numbers, got dtype object"),
     ],
 )
@@ -206,16 +210,41 @@ def test_backward_errors(backend):
             fastbn.batch_norm_backward(y, saved, **{"backend": backend, name: value})
 
 
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x[:]], ids=["itself", "another array on its memory"])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_backward_after_a_forward_in_place(backend, order):
+def test_backward_after_a_forward_in_place(backend, order, view):
     x = np.array(X, order=order)
-    _, saved = fastbn.batch_norm(x, out=x, backend=backend)
+    _, saved = fastbn.batch_norm(x, out=view(x), backend=backend)
     with pytest.raises(RuntimeError, match="the forward ran in place"):
         fastbn.batch_norm_backward(X, saved, backend=backend)
-    own, x = BatchNorm(3, backend=backend).eval(), X.copy()
-    own(x, out=x)
-    with pytest.raises(RuntimeError, match="the forward ran in place"):
-        own.backward(X)
+    for own in (BatchNorm(3, backend=backend), BatchNorm(3, backend=backend).eval()):
+        x = np.array(X, order=order)
+        own(x, out=view(x))
+        with pytest.raises(RuntimeError, match="the forward ran in place"):
+            own.backward(X)
+
+
+def test_an_axis_of_length_1_has_any_stride(backend):
+    """So its stride tells neither whether arrays overlap nor whether they are the same memory."""
+    memory = np.arange(900.0)
+    x = memory[:800].reshape(4, 4, 50)[::2][:1]
+    assert x.flags.c_contiguous
+    assert x.strides[0] != x.nbytes
+    y, saved = fastbn.batch_norm(x, backend=backend)
+    for out in (memory[20:220].reshape(x.shape), memory[190:390].reshape(x.shape)):
+        before = out.copy()
+        with pytest.raises(ValueError, match="out must be the input itself or share no memory"):
+            fastbn.batch_norm(x, out=out, backend=backend)
+        with pytest.raises(ValueError, match="out must be the input itself or share no memory"):
+            fastbn.batch_norm_inference(x, MEAN[[0, 0, 0, 0]], VAR[[0, 0, 0, 0]], out=out, backend=backend)
+        with pytest.raises(ValueError, match="out must be the input itself or share no memory"):
+            fastbn.batch_norm_backward(y, saved, out=out, backend=backend)
+        np.testing.assert_array_equal(out, before)
+    base = memory[:60].reshape(5, 4, 3)
+    expected, _ = fastbn.batch_norm(base[:, :1].copy(), backend=backend)
+    actual, saved = fastbn.batch_norm(base[:, :1], out=base[:, 0][:, None], backend=backend)
+    np.testing.assert_array_equal(actual, expected)
+    assert saved.overwritten
 
 
 @pytest.mark.parametrize(
@@ -231,6 +260,7 @@ def test_backward_after_a_forward_in_place(backend, order):
         ({"activation": "tanh"}, ValueError, "activation must be one of .* got 'tanh'"),
         ({"dtype": np.float16}, TypeError, "dtype must be float32 or float64, got float16"),
         ({"dtype": int}, TypeError, "dtype must be float32 or float64, got int64"),
+        ({"dtype": None}, TypeError, "dtype must be float32 or float64, got None"),
         ({"backend": "cuda"}, ValueError, "backend must be one of .* got 'cuda'"),
         ({"num_threads": 0}, ValueError, "num_threads must be >= 1, got 0"),
     ],

@@ -80,6 +80,22 @@ def test_matrix(backend):
         assert_same_bits(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+@pytest.mark.parametrize("shape", [(1000, 1), (16, 3), (2, 9)])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_matrix_as_output(backend, shape, order):
+    x = np.random.default_rng(shape).normal(size=shape)
+    expected = both(x, x, backend)
+    out = np.matrix(np.zeros(shape, order=order))
+    y, saved = fastbn.batch_norm(x, out=out, backend=backend)
+    assert y is out
+    assert_same_bits(np.asarray(y), expected[0])
+    fastbn.batch_norm_inference(x, saved.mean, saved.var, out=out, backend=backend)
+    assert_same_bits(np.asarray(out), expected[3])
+    fastbn.batch_norm_backward(x, saved, out=out, backend=backend)
+    assert_same_bits(np.asarray(out), expected[4])
+
+
 @pytest.mark.parametrize("dtypes", ["float32", "float64", "mixed"])
 def test_pandas(backend, dtypes):
     pandas = pytest.importorskip("pandas")

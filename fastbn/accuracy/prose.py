@@ -76,7 +76,9 @@ finite. A NaN or an infinity in one column leaves the bits of all others as they
 **Limits.** In float64, var and the sums behind it must stay in range: where the deviations of a column or their sum
 exceed about 1e154, their squares overflow, var is not finite, and y and the gradients are NaN (or, where var is plus
 infinity, y may be beta). No error is raised, and no other column is touched. Deviations below about 1e-162 have
-squares of 0, and so has var; next to eps that changes nothing.
+squares of 0, and so has var; next to eps that changes nothing. In float32, what the compiled kernels hold in float32
+must stay below 3.4e38: gamma / sqrt(var + eps), which a deviation below 1e-38 with an eps next to 0 exceeds (and then
+mostly grad_x itself), and the distance of a value from the mean; else y and grad_x of the column are infinite or NaN.
 
 ## How it is measured
 

@@ -394,6 +394,10 @@ cdef inline bint is_plain_vector(values, Py_ssize_t channels, int typenum) noexc
         and cnp.PyArray_NDIM(<cnp.ndarray>values) == 1 and cnp.PyArray_DIM(<cnp.ndarray>values, 0) == channels)
 
 
+cdef inline bint is_plain_activation(activation) noexcept:
+    return activation is None or (type(activation) is str and <str>activation == "relu")
+
+
 cdef inline bint is_apart(cnp.ndarray a, cnp.ndarray b) noexcept:
     """Two contiguous arrays share no memory."""
     cdef char* start_a = <char*>cnp.PyArray_DATA(a)
@@ -493,7 +497,7 @@ def whole_batch_norm(
     cdef cnp.ndarray y, stats, coefs
     cdef Plan plan
     cdef int typenum
-    if not is_plain(x) or type(eps) is not float or not (activation is None or activation == "relu"):
+    if not is_plain(x) or type(eps) is not float or not is_plain_activation(activation):
         return None
     plan = plain_plan(x, axis, 1)
     typenum = cnp.PyArray_TYPE(<cnp.ndarray>x)
@@ -552,7 +556,7 @@ def whole_batch_norm_inference(
     cdef const double* means
     cdef const double* variances
     cdef int typenum
-    if not is_plain(x) or type(eps) is not float or not (activation is None or activation == "relu"):
+    if not is_plain(x) or type(eps) is not float or not is_plain_activation(activation):
         return None
     plan = plain_plan(x, axis, 1)
     typenum = cnp.PyArray_TYPE(<cnp.ndarray>x)

@@ -15,7 +15,7 @@ import numba
 import numpy as np
 from numba import cfunc, njit, prange, types
 
-from fastbn import _layout, _memory
+from fastbn import _forks, _layout, _memory
 from fastbn.kernels.numba_kernels import (
     JOBS,
     SERIAL_BYTES,
@@ -111,13 +111,18 @@ def same(x, y):
 
 
 @helper
+def is_contiguous(a):
+    """Of an array whose axes are so but perhaps for the first, which, of length 1, may have any stride."""
+    return a.shape[0] == 1 or a.shape[0] * a.strides[0] == a.size * a.itemsize
+
+
+@helper
 def overlap(a, b):
     """Whether contiguous arrays share memory; of others _layout.py has seen to it that they do not. NumPy, asked array
     by array, took a third of the time that Python takes around a call."""
     start_a, start_b = address(data(a)), address(data(b))
     end_a, end_b = start_a + a.size * a.itemsize, start_b + b.size * b.itemsize
-    return (start_a < end_b and start_b < end_a
-            and a.shape[0] * a.strides[0] == end_a - start_a and b.shape[0] * b.strides[0] == end_b - start_b)
+    return start_a < end_b and start_b < end_a and is_contiguous(a) and is_contiguous(b)
 
 
 @helper
@@ -334,7 +339,8 @@ def compile_driver(driver, dtype, args):
 def call(driver, dtype, *args):
     function = compiled.get((driver, dtype))
     if function is None:
-        function = compiled[driver, dtype] = compile_driver(driver, dtype, args)
+        with _forks.first_use:
+            function = compiled[driver, dtype] = compile_driver(driver, dtype, args)
     return function(*args)
 
 
@@ -411,6 +417,11 @@ def is_plain_output(out, source):
     return out is None or (is_plain(out, (source.dtype,)) and out.shape == source.shape and out.flags.writeable)
 
 
+def is_in_place(out, x):
+    """Whether a plain output, done, is the input's memory (by another array, perhaps): the driver refuses less."""
+    return out is not None and np.may_share_memory(out, x)
+
+
 @functools.lru_cache
 def view_of(shape, axis):
     """(outer, channels, inner), or None where there is nothing, or the axis is not a plain one."""
@@ -428,7 +439,8 @@ def plain_view(x, axis):
 def are_plain_options(gamma, beta, eps, activation, channels, dtype):
     return ((gamma is None or is_plain_vector(gamma, channels, dtype))
             and (beta is None or is_plain_vector(beta, channels, dtype))
-            and type(eps) is float and 0 <= eps < math.inf and (activation is None or activation == "relu"))
+            and type(eps) is float and 0 <= eps < math.inf
+            and (activation is None or (type(activation) is str and activation == "relu")))
 
 
 def whole_moments(x, axis, num_threads):
@@ -452,7 +464,7 @@ def whole_batch_norm(x, gamma, beta, axis, eps, activation, out, num_threads):
     if not batch_norm(x.reshape(view), gamma, beta, eps, activation is not None, y.reshape(view), stats, coefs,
                       num_threads):
         return None
-    return y, view[0] * view[2], y is x, stats, coefs
+    return y, view[0] * view[2], is_in_place(out, x), stats, coefs
 
 
 def whole_batch_norm_inference(x, mean, var, gamma, beta, axis, eps, activation, out, num_threads):
@@ -467,7 +479,7 @@ def whole_batch_norm_inference(x, mean, var, gamma, beta, axis, eps, activation,
     if not batch_norm_inference(x.reshape(view), mean, var, gamma, beta, eps, activation is not None, y.reshape(view),
                                 stats, coefs, num_threads):
         return None
-    return y, view[0] * view[2], y is x, stats, coefs
+    return y, view[0] * view[2], is_in_place(out, x), stats, coefs
 
 
 def whole_batch_norm_backward(grad_y, x, axis, stats, coefs, relu, training, out, num_threads):
