@@ -7,7 +7,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | column -t -s:
 
 test:  ## the tests
-	$(PYTHON) -m pytest
+	$(PYTHON) -P -m pytest
 
 lint:  ## ruff, cython-lint, mypy
 	$(PYTHON) -m ruff check .
@@ -15,7 +15,7 @@ lint:  ## ruff, cython-lint, mypy
 	$(PYTHON) -m mypy
 
 demo:  ## train on real digits, draw the curves
-	$(PYTHON) -m fastbn demo
+	$(PYTHON) -P -m fastbn demo
 
 soak:  ## try all that may go wrong, write docs/reliability.md; some 25 minutes
 	$(PYTHON) tests/soak.py --markdown docs/reliability.md
@@ -37,13 +37,13 @@ oldest:  ## build without network with the oldest build requirements, test with 
 	build/oldest/bin/python -P -m pytest -q
 
 bench-table:  ## measure everything, write docs/benchmarks.md, its picture, the README's figures; needs a quiet machine
-	$(PYTHON) -m fastbn bench --markdown docs/benchmarks.md --plot docs/benchmarks.png --headline README.md
+	$(PYTHON) -P -m fastbn bench --markdown docs/benchmarks.md --plot docs/benchmarks.png --headline README.md
 
 bench-quick:  ## the same in short, on small arrays, on the terminal
-	$(PYTHON) -m fastbn bench --quick
+	$(PYTHON) -P -m fastbn bench --quick
 
 numerics:  ## measure the errors on hard data, write docs/numerics.md; three minutes; fails where the bound is missed
-	$(PYTHON) -m fastbn accuracy --markdown docs/numerics.md
+	$(PYTHON) -P -m fastbn accuracy --markdown docs/numerics.md
 
 asv-check:  ## import the asv suite and check it
 	$(PYTHON) -m asv check -E existing:$(shell command -v $(PYTHON))

@@ -113,7 +113,7 @@ class Accuracy:
 
 
 class RatioToTorch:
-    """PyTorch's time over fastbn's, the same thread count, both with an array for the result."""
+    """fastbn's time over PyTorch's, the same thread count, both with an array for the result."""
 
     params = (BACKENDS, ARRAYS[:3])
     param_names = ("backend", "array")
@@ -126,4 +126,4 @@ class RatioToTorch:
     def track_out(self, backend, array):
         return ratio_to_torch("forward-out", backend, array)
 
-    track_out.unit = "times faster"
+    track_out.unit = "of PyTorch's time"

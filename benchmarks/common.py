@@ -83,22 +83,23 @@ class Timed:
 
 
 def ratio_to_torch(op, backend, array):
-    """How many times longer PyTorch takes, as `fastbn bench` measures it: in turns, each in a process of its own."""
+    """Our time over PyTorch's, as `fastbn bench` measures it: in turns, each in a process of its own. For asv, more is
+    worse."""
     command = [sys.executable, "-P", "-m", "fastbn", "bench", "--ops", op, "--shapes", array,
                "--backends", backend, "--peers", "torch", "--json"]  # -P: not the source folder it may be started in
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     seconds = json.loads(printed)["results"][0]["seconds"]
-    return seconds["torch"] / seconds[f"fastbn-{backend}"]
+    return seconds[f"fastbn-{backend}"] / seconds["torch"]
 
 
 def ratio(ours, peer, rounds=7):
-    """How many times longer a peer's call takes than ours: medians, in turns, in this one process."""
+    """The time of our call over a peer's: medians, in turns, in this one process."""
     samples = {ours: [], peer: []}
     calls = {call: max(1, round(0.01 / _seconds(call, 2))) for call in samples}
     for _ in range(rounds):
         for call in samples:
             samples[call].append(_seconds(call, calls[call]))
-    return statistics.median(samples[peer]) / statistics.median(samples[ours])
+    return statistics.median(samples[ours]) / statistics.median(samples[peer])
 
 
 def _seconds(call, calls):

@@ -27,6 +27,10 @@ class BackendUnavailableError(ImportError):
     """A backend was asked for by name and cannot run here; the message says why."""
 
 
+class BadSetting(ValueError):
+    """An environment variable that cannot be followed; the message says which, and what it may be."""
+
+
 # ------------------------------------------------------------------------------------------------------- backends
 
 _loaded: dict[str, ModuleType] = {}
@@ -62,13 +66,13 @@ def _choose() -> ModuleType:
 
 def _load(name: str) -> ModuleType:
     if name not in _loaded:
-        module = _cython_module() if name == "cython" else {"numba": "numba_calls", "numpy": "reference"}[name]
-        try:
-            with _forks.first_use:
+        with _forks.first_use:
+            module = _cython_module() if name == "cython" else {"numba": "numba_calls", "numpy": "reference"}[name]
+            try:
                 _loaded[name] = importlib.import_module(f"fastbn.kernels.{module}")
-        except ImportError as error:
-            remedy = "pip install 'fastbn[numba]'" if name == "numba" else "reinstall fastbn where a C compiler is"
-            raise BackendUnavailableError(f"backend {name!r} is not available ({error}); {remedy}") from error
+            except ImportError as error:
+                remedy = "pip install 'fastbn[numba]'" if name == "numba" else "reinstall fastbn where a C compiler is"
+                raise BackendUnavailableError(f"backend {name!r} is not available ({error}); {remedy}") from error
     return _loaded[name]
 
 
@@ -94,7 +98,7 @@ def instruction_set() -> dict[str, Any]:
     usable = [name for name in found if name in compiled]
     forced = os.environ.get("FASTBN_ISA")
     if forced and forced not in usable:
-        raise ValueError(f"FASTBN_ISA must be one of {tuple(usable)} on this machine, got {forced!r}")
+        raise BadSetting(f"FASTBN_ISA must be one of {tuple(usable)} on this machine, got {forced!r}")
     return {"compiled": compiled, "found": found[-1], "chosen": forced or usable[-1], "forced": bool(forced)}
 
 

@@ -220,7 +220,7 @@ def output(
     if out.shape != layout.shape:
         raise ValueError(f"out must have shape {layout.shape}, got {out.shape}")
     if out.dtype != layout.dtype or not out.dtype.isnative:
-        raise TypeError(f"out must have dtype {layout.dtype.str}, got {out.dtype.str}")
+        raise TypeError(f"out must have dtype {layout.dtype}, got {out.dtype}")
     if not out.flags.writeable:
         raise ValueError("out must be writeable, got a read-only array")
     if (overlap(out, source) and not same_place(out, source)) or any(overlap(out, other) for other in others):

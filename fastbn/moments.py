@@ -65,6 +65,9 @@ class Moments:
     @classmethod
     def empty(cls, channels: int) -> Moments:
         """The moments of no data: the neutral element of `merge`."""
+        channels = _layout.integer(channels, "channels")
+        if channels < 0:
+            raise ValueError(f"channels must be >= 0, got {channels}")
         return cls(0, np.zeros(channels), np.zeros(channels))
 
     def var(self, ddof: int = 0) -> NDArray[np.float64]:

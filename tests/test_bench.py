@@ -4,6 +4,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from fastbn.bench import cases, headline, machine, measure, passes, plot, roofli
 from fastbn.bench.cases import Case
 from fastbn.bench.data import Data
 from fastbn.bench.measure import Plan, Result
-from fastbn.bench.process import Processes, WorkerError
+from fastbn.bench.process import Processes, WorkerError, interrupts_held_back
 from fastbn.bench.run import Progress
 from fastbn.cli import bench
 
@@ -378,8 +379,12 @@ def test_tables_are_the_default(capfd):
         (["--backends", "fortran"], "--backends: expected some of cython, numba, numpy, got 'fortran'"),
         (["--peers", "excel"], "--peers: expected some of torch, jax, scikit-learn, numpy, got 'excel'"),
         (["--plot", "picture.nosuch"], "--plot: expected a file name such as roofline.png, got 'picture.nosuch'"),
+        (["--plot", "a.png", "--ops", "mixing"], "--plot: layouts and mixing are not drawn"),
         (["--plot", "no/such/folder/a.png"], "--plot: cannot write 'no/such/folder/a.png'"),
         (["--markdown", "no/such/folder/a.md"], "--markdown: cannot write 'no/such/folder/a.md'"),
+        (["--shapes", "8x3:float32:float64"], "--shapes: expected one of 'float32' and 'float64', got '8x3:float32:"),
+        (["--shapes", "8x3:F:rows"], "--shapes: expected one of 'F' and 'rows', got '8x3:F:rows'"),
+        (["--markdown", os.devnull], f"--markdown: cannot write {os.devnull!r}"),
         (["--headline", "LICENSE"], "--headline: 'LICENSE' must have the line '<!-- headline"),
         (["--quick", "--ops", "layouts", "--shapes", ""], "--shapes: expected sizes"),
     ],
@@ -389,6 +394,30 @@ def test_bad_options_are_named_in_one_line(words, message, capfd):
     error = capfd.readouterr().err
     assert error.startswith(f"fastbn bench: error: {message}")
     assert error.count("\n") == 1
+
+
+def test_a_headline_needs_all_of_its_figures(tmp_path, capfd):
+    page = tmp_path / "page.md"
+    page.write_text(f"{headline.BEGIN}\nold\n{headline.END}\n")
+    before = page.read_text()
+    assert run("--ops=forward", "--shapes=65536x256", "--peers=none", "--headline", str(page)) == 2
+    error = capfd.readouterr().err
+    assert "--headline: the main figures need forward 65536x256 beside torch, forward-out 100352x64 beside" in error
+    assert page.read_text() == before
+
+
+def test_a_file_that_cannot_be_written_takes_no_other_along(tmp_path, capfd, monkeypatch):
+    def full(results, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plot, "draw", full)
+    page, picture = tmp_path / "page.md", tmp_path / "a.png"
+    words = ["--quick", "--rounds=1", "--ops=moments", "--shapes=24x8", "--peers=none", "--backends=numpy"]
+    assert run(*words, "--plot", str(picture), "--markdown", str(page)) == 1
+    out, err = capfd.readouterr()
+    assert f"fastbn bench: error: {picture} is not written: [Errno 28] No space left on device" in err
+    assert "24x8" in out
+    assert [file.name for file in tmp_path.iterdir()] == ["page.md"]
 
 
 def test_missing_backends_and_peers_are_named(capfd, monkeypatch):
@@ -414,6 +443,22 @@ def test_an_interrupt_leaves_no_process(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run("--shapes", "24x8", "--peers", "numpy", "--backends", "cython")
     assert not multiprocessing.active_children()
+
+
+def test_an_interrupt_amid_a_start_waits_for_its_end():
+    done = []
+
+    def start():
+        with interrupts_held_back():
+            before = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as it is in threads of libraries
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            done.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert done == [True]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize(("option", "writer"), [("--plot", "plot.draw"), ("--markdown", "page.markdown")])
@@ -571,9 +616,12 @@ def test_the_picture_holds_all_kinds_of_arrays(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
-def test_the_headline_replaces_what_is_between_the_marks():
+def test_the_headline_replaces_what_is_between_the_marks(monkeypatch):
     page = f"before\n{headline.BEGIN}\nold\n{headline.END}\nafter\n"
     results = [result_of("forward", "65536x256", cython=2, numba=3, torch=9), result_of("relu", "8x16", cython=1)]
+    with pytest.raises(headline.Unmeasured, match="no figures of forward-out 100352x64 beside torch"):
+        headline.put(page, results, "Measured.")
+    monkeypatch.setattr(headline, "CASES", headline.CASES[:1])
     assert headline.put(page, results, "Measured.").splitlines() == [
         "before",
         headline.BEGIN,

@@ -148,6 +148,7 @@ def test_copies(how):
         (lambda: Moments(2.5, [0.0], [0.0]), TypeError, "count must be an integer, got 2.5"),
         (lambda: Moments(1, [0.0], [0.0, 1.0]), ValueError, r"mean and m2 must have one shape .* \(1,\) and \(2,\)"),
         (lambda: Moments(1, [[0.0]], [[0.0]]), ValueError, r"mean and m2 must have one shape \(channels,\)"),
+        (lambda: Moments.empty(-1), ValueError, "channels must be >= 0, got -1"),
         (lambda: Moments(3, [0.0, 0.0], [np.nan, -1.0]), ValueError, "m2 must be >= 0, got -1.0"),
         (lambda: Moments(1, ["1"], [0.0]), TypeError, "mean must be real numbers, got dtype <U1"),
         (lambda: Moments(1, [0.0], [1j]), TypeError, "m2 must be real numbers, got dtype complex128"),

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
 from typing import Any
 
+from fastbn._files import whole
 from fastbn.accuracy import cases, promises, worker
 from fastbn.accuracy.bounds import QUANTITIES, difference
 from fastbn.accuracy.cases import CONSTANTS, EPS, PIECES, Data
@@ -128,10 +128,16 @@ def _progress(total: int) -> Iterator[Any]:
 
 
 def report(run: Run, *, json: bool, markdown: str | None) -> int:
-    """Print, write; 1 where fastbn misses its bound, else 0."""
+    """Write, print; 1 where fastbn misses its bound or the page cannot be written, else 0."""
     from fastbn.accuracy import page
 
-    print(page.as_json(run) if json else page.text(run))
+    failed = bool(run.missed)
     if markdown:
-        Path(markdown).write_text(page.markdown(run), encoding="utf-8")
-    return 1 if run.missed else 0
+        try:
+            with whole(markdown) as path:
+                path.write_text(page.markdown(run), encoding="utf-8")
+        except OSError as error:
+            print(f"fastbn accuracy: error: {markdown} is not written: {error}", file=sys.stderr)
+            failed = True
+    print(page.as_json(run) if json else page.text(run))
+    return 1 if failed else 0

@@ -38,7 +38,7 @@ def summary(run: Run, dtype: str) -> Table:
     chosen = [by_label for (kind, _), by_label in run.errors.items() if kind == dtype]
     quantities = [name for name in QUANTITIES if (dtype, name) in STATED]
     rows = []
-    for label in run.labels:
+    for label in run.labels if chosen else ():
         found = [by_label[label] for by_label in chosen]
         held = sum(all(ratio <= 1 for ratio in ratios.values()) for ratios in found)
         worst = [max((ratios[name] for ratios in found if name in ratios), default=None) for name in quantities]

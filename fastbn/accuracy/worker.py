@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import signal
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from types import TracebackType
@@ -14,15 +13,15 @@ from fastbn.accuracy.bounds import ratios
 from fastbn.accuracy.cases import Data
 from fastbn.accuracy.oracle import Exact
 from fastbn.accuracy.sides import Arrays
+from fastbn.bench.process import interrupts_held_back
 
 _label = ""
 _side: sides.BatchNorm
 
 
 def start(label: str) -> None:
-    """Become a side. An interrupt is for the parent, which ends its workers."""
+    """Become a side."""
     global _label, _side
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")  # peers warn of what they are here to be judged for
     _label, _side = label, sides.build(label)
 
@@ -73,5 +72,6 @@ class Workers:
 
     def ask(self, function: Any, *arguments: Any, labels: tuple[str, ...] = ()) -> dict[str, Any]:
         """The answers of all sides, or of some, which work side by side."""
-        asked = {label: self.pools[label].submit(function, *arguments) for label in labels or self.pools}
+        with interrupts_held_back():  # the first question starts the process
+            asked = {label: self.pools[label].submit(function, *arguments) for label in labels or self.pools}
         return {label: answer.result() for label, answer in asked.items()}

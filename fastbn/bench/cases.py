@@ -75,6 +75,10 @@ def parse(op: str, array: str) -> Case:
     unknown = [kind for kind in kinds if kind not in (*DTYPES, *LAYOUTS)]
     if unknown:
         raise ValueError(f"unknown kind {unknown[0]!r} in {array!r}; known: {', '.join((*DTYPES, *LAYOUTS))}")
+    for known in (DTYPES, LAYOUTS):
+        both = [kind for kind in kinds if kind in known]
+        if len(both) > 1:
+            raise ValueError(f"expected one of {both[0]!r} and {both[1]!r}, got {array!r}")
     shape = tuple(map(int, parts))
     if math.prod(shape) == shape[1]:
         raise ValueError(f"more than one value per channel is needed, got {array!r}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from fastbn.bench.measure import Result
 from fastbn.bench.tables import Table, rows_as_markdown, significant
 
@@ -19,16 +21,29 @@ CASES = (  # operation, array, peer, in words
 )
 
 
+class Unmeasured(ValueError):
+    """A main case lacks figures; the message says which. A table without its row would look as if it were whole."""
+
+
+def check(cases: Collection[tuple[str, str]], peers: Collection[str]) -> None:
+    """Raise Unmeasured where not all of the main cases are among these (operation, array), beside these peers."""
+    lacking = [f"{op} {array} beside {peer}" for op, array, peer, _ in CASES
+               if (op, array) not in cases or peer not in peers]
+    if lacking:
+        raise Unmeasured(f"the main figures need {', '.join(lacking)}, too")
+
+
 def table(results: list[Result]) -> Table:
-    """Those of the main cases that were measured."""
+    """The main cases; Unmeasured where one is missing or has failed."""
     by_case = {(result.case.op, result.case.array): result for result in results}
     rows = []
     for op, array, peer, words in CASES:
         result = by_case.get((op, array))
         ratio = result.ratio(peer) if result else None
-        if result and result.best and ratio is not None:
-            times = (result.seconds[label] for label in (result.best, peer))
-            rows.append([words, array, *(significant(seconds * 1e3) for seconds in times), peer, f"{ratio:.1f}"])
+        if result is None or result.best is None or ratio is None:
+            raise Unmeasured(f"no figures of {op} {array} beside {peer}")
+        times = (result.seconds[label] for label in (result.best, peer))
+        rows.append([words, array, *(significant(seconds * 1e3) for seconds in times), peer, f"{ratio:.1f}"])
     return Table("", ["operation", "array, float32", "fastbn ms", "peer ms", "peer", "times faster"], rows)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import TypeVar
 
 import fastbn
 from fastbn._dispatch import BACKENDS, why_unavailable
-from fastbn.bench.cases import OPS, Case, grid, parse
+from fastbn._files import check_writable
+from fastbn.bench import headline
+from fastbn.bench.cases import ON_REQUEST, OPS, Case, grid, parse
 from fastbn.bench.headline import BEGIN, END
 from fastbn.bench.measure import REFERENCE_BYTES, Plan, installed_peers
 from fastbn.bench.worker import PEERS
@@ -55,9 +56,9 @@ def checked(given: argparse.Namespace) -> Options:
     cases = grid(ops, arrays, QUICK_BYTES if given.quick and not arrays else float("inf"))
     if not cases:
         raise BadOption(f"--quick: none of the arrays of {given.ops} is small; give --shapes")
-    _option("--plot", given.plot, _picture)
-    _option("--markdown", given.markdown, _writable)
-    _option("--headline", given.headline, _marked)
+    _option("--plot", given.plot, lambda text: _picture(text, cases))
+    _option("--markdown", given.markdown, check_writable)
+    _option("--headline", given.headline, lambda text: _marked(text, cases, plan.peers))
     missing = missing if peers is None else ()
     return Options(cases, plan, missing, given.json, given.plot, given.markdown, given.headline)
 
@@ -106,26 +107,23 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _writable(text: str) -> str:
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"cannot write {text!r}")
-    return text
-
-
-def _marked(text: str) -> str:
-    _writable(text)
+def _marked(text: str, cases: list[Case], peers: tuple[str, ...]) -> str:
+    check_writable(text)
     page = Path(text).read_text(encoding="utf-8") if Path(text).exists() else ""
     if not 0 <= page.find(BEGIN) < page.find(END):
         raise ValueError(f"{text!r} must have the line {BEGIN!r} and behind it {END!r}")
+    headline.check([(case.op, case.array) for case in cases], peers)
     return text
 
 
-def _picture(text: str) -> str:
+def _picture(text: str, cases: list[Case]) -> str:
+    if all(case.op in ON_REQUEST for case in cases):
+        raise ValueError(f"{' and '.join(ON_REQUEST)} are not drawn; give --ops another one, too")
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("matplotlib is not installed: pip install 'fastbn[bench]'")
     from matplotlib.backend_bases import FigureCanvasBase
 
     if Path(text).suffix.lstrip(".").lower() not in FigureCanvasBase.get_supported_filetypes():
         raise ValueError(f"expected a file name such as roofline.png, got {text!r}")
-    return _writable(text)
+    check_writable(text)
+    return text

@@ -6,9 +6,9 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastbn.bench.measure import PASSES, SAMPLES, STOLEN, TRIES, Plan, Result, disturbance
+from fastbn.bench.measure import PASSES, REFERENCE_BYTES, SAMPLES, STOLEN, TRIES, Plan, Result, disturbance
 from fastbn.bench.tables import as_markdown, as_text, tables
-from fastbn.bench.targets import verdicts
+from fastbn.bench.targets import NUMBA_FROM, verdicts
 
 HOW = f"""\
 Every implementation runs in its own process, with the same number of threads, on arrays of the same normal random
@@ -37,6 +37,14 @@ stands in the last table, "at the roofline", and beside a target that was missed
 Before the rounds of a case, in each pass, two threads send a cache line to and fro. A host may move a virtual
 machine's processors between groups of cores that have a cache of their own: threads then wait longer for each other,
 which small arrays feel, and have more cache, which large ones do.
+
+An array is its sizes: rows and columns, or those of images; behind them may stand `:float64`, `:F` for Fortran order,
+`:rows` for every other row of a larger array. fastbn's NumPy reference is measured up to \
+{REFERENCE_BYTES / 1e6:g} MB. In the last table the
+target is what fastbn must reach, the aim what it should: times faster than a peer, or at most so many times as long as
+the roofline, as its Cython backend ("numba/cython, the worst": of the arrays of an operation from \
+{NUMBA_FROM / 1e6:g} MB on), or as
+another array per byte ("per byte, to" it).
 
 As users call it means without `out=`; where a peer has no `out=`, its column has no figure. PyTorch:
 `torch.native_batch_norm` and its backward, which its layers call, and `nn.BatchNorm*d` with `autograd.grad`. JAX:
@@ -113,7 +121,8 @@ def markdown(run: Run, picture: str | None = None) -> str:
 def source(run: Run) -> str:
     """Where the figures come from, in a sentence."""
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
-    return (f"Medians, {run.plan.threads} threads, {run.machine['processor']}, {versions}, {run.date}; "
+    threads = f"{run.plan.threads} thread" + "s" * (run.plan.threads != 1)
+    return (f"Medians, {threads}, {run.machine['processor']}, {versions}, {run.date}; "
             f"from `{run.command}`.")
 
 

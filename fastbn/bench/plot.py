@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogFormatter
 
 from fastbn.bench import machine
 from fastbn.bench.cases import ON_REQUEST, OPS
@@ -44,7 +44,8 @@ def _panel(axes: Any, op: str, results: list[Result], sizes: tuple[float, float]
         style: dict[str, Any] = {"color": COLORS[label], "linewidth": 2.2 if label == "fastbn-cython" else 1.3}
         if label == "roofline":
             style |= {"linestyle": "--", "linewidth": 1.8, "zorder": 5}
-        axes.plot(*_points(plain, label), marker="" if label == "roofline" else "o", markersize=4, label=label, **style)
+        marker = "o" if label != "roofline" else "_" if len(plain) == 1 else ""  # a line of one point has no length
+        axes.plot(*_points(plain, label), marker=marker, markersize=4, label=label, **style)
         others = [one for one in known if not _is_plain(one)]
         style |= {"marker": "_" if label == "roofline" else "D", "linestyle": "none"}
         axes.plot(*_points(others, label), markersize=5, fillstyle="none", **style)
@@ -53,6 +54,7 @@ def _panel(axes: Any, op: str, results: list[Result], sizes: tuple[float, float]
     axes.grid(True, which="major", alpha=0.3)
     axes.xaxis.set_major_formatter(FuncFormatter(_bytes))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # in panels of less than a decade
     _mark_caches(axes)
 
 
@@ -90,5 +92,6 @@ def _legend(figure: Figure, grid: Any) -> None:
     }
     shown = [label for label in COLORS if label in handles]
     figure.legend([handles[label] for label in shown], shown, loc="outside upper center", ncols=max(1, len(shown)))
-    figure.supxlabel("bytes of x; dotted: caches; diamonds: images, float64, Fortran order", fontsize=9)
+    words = "bytes of x; dotted: caches; diamonds, and dashes of the roofline: images, float64, other layouts"
+    figure.supxlabel(words, fontsize=9)
     figure.supylabel("GB/s (bytes of the bare memory passes / time)", fontsize=9)

@@ -30,7 +30,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, labels, threads), daemon=True)
-        with _interrupts_held_back():
+        with interrupts_held_back():
             self.process.start()
         theirs.close()
 
@@ -115,14 +115,22 @@ class Processes:
 
 
 @contextlib.contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Processes started in here never see Ctrl-C: it goes to the parent alone, which then ends them."""
+def interrupts_held_back() -> Iterator[None]:
+    """Processes started in here never see Ctrl-C: it goes to the parent alone, which then ends them. A start is not
+    interrupted half way; what came amid it is raised behind it."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
     multiprocessing.resource_tracker.ensure_running()  # starting it would let interrupts through again
+    came: list[int] = []
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:  # it would be called for what another thread, of a library's, receives
+        signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            raise KeyboardInterrupt

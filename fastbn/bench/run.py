@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fastbn._files import whole
 from fastbn.bench import headline, machine, page
 from fastbn.bench.cases import Case
 from fastbn.bench.measure import Result, measure
@@ -39,31 +39,31 @@ def run(options: Options) -> int:
         plan=options.plan,
         results=results,
     )
+    failed = any(result.errors for result in results)
+    for name, write in _files(options, found):
+        try:
+            with whole(name) as path:
+                write(path)
+        except (OSError, headline.Unmeasured) as error:  # the other files are written all the same
+            print(f"fastbn bench: error: {name} is not written: {error}", file=sys.stderr)
+            failed = True
     print(page.as_json(found) if options.json else page.text(found))
+    return 1 if failed else 0
+
+
+def _files(options: Options, found: page.Run) -> Iterator[tuple[str, Callable[[Path], object]]]:
+    """The files that were asked for, and what writes each."""
     if options.plot:
         from fastbn.bench.plot import draw
 
-        with _whole(options.plot) as path:
-            draw(results, str(path))
+        yield options.plot, lambda path: draw(found.results, str(path))
     if options.markdown:
-        with _whole(options.markdown) as path:
-            path.write_text(page.markdown(found, _seen_from_page(options)), encoding="utf-8")
+        text = page.markdown(found, _seen_from_page(options))
+        yield options.markdown, lambda path: path.write_text(text, encoding="utf-8")
     if options.headline:
-        with _whole(options.headline) as path:
-            text = Path(options.headline).read_text(encoding="utf-8")
-            path.write_text(headline.put(text, results, page.source(found)), encoding="utf-8")
-    return 1 if any(result.errors for result in results) else 0
-
-
-@contextlib.contextmanager
-def _whole(path: str) -> Iterator[Path]:
-    """Where to write a file that gets its name when it is complete: of half a one nothing stays."""
-    partial = Path(path).with_name(f".{os.getpid()}.{Path(path).name}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        around = Path(options.headline)
+        yield options.headline, lambda path: path.write_text(
+            headline.put(around.read_text(encoding="utf-8"), found.results, page.source(found)), encoding="utf-8")
 
 
 def _warn_if_busy(share: float | None) -> None:

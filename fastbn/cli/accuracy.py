@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from pathlib import Path
+
+from fastbn._files import check_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", metavar="WORDS", default="", help="only the cases whose names contain these words")
     parser.add_argument("--quick", action="store_true", help="no case of 2^20 rows and more")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--markdown", metavar="FILE.md", help="write docs/numerics.md, with the tables in it")
+    parser.add_argument("--markdown", metavar="FILE.md", help="write the page docs/numerics.md into this file")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -34,11 +34,12 @@ def run(arguments: argparse.Namespace) -> int:
     if not any(arguments.cases in name for name in judged("float64", quick=arguments.quick)):
         return _fail(f"--cases: no case is named like {arguments.cases!r}")
     if arguments.markdown:
-        if arguments.cases or arguments.sides:
-            return _fail("--markdown: the page needs all cases and sides, so neither --cases nor --sides")
-        path = Path(arguments.markdown)
-        if path.is_dir() or not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-            return _fail(f"--markdown: cannot write {arguments.markdown!r}")
+        if arguments.cases or arguments.sides or arguments.quick:
+            return _fail("--markdown: the page needs all cases and sides, so neither --cases, --sides nor --quick")
+        try:
+            check_writable(arguments.markdown)
+        except ValueError as error:
+            return _fail(f"--markdown: {error}")
     return report(
         measure(labels, missing, arguments.quick, arguments.cases), json=arguments.json, markdown=arguments.markdown
     )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import fastbn
+from fastbn._files import check_writable, whole
 
 EPOCHS = 250  # 5,000 steps
 EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}  # imported in run() only
@@ -37,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _fail(f"{', '.join(missing)} not found: pip install 'fastbn[demo]'", 1)
     try:
         _check(arguments)
-    except (ValueError, OSError, fastbn.BackendUnavailableError) as error:
+    except (ValueError, fastbn.BackendUnavailableError) as error:
         return _fail(str(error), 2)
     if arguments.sweep:
         return _sweep(arguments)
@@ -57,9 +56,12 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--seed must be >= 0, got {arguments.seed}")
     fastbn.warmup(arguments.backend)
     if not arguments.sweep:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=arguments.out):  # raises where nothing can be written
-            pass
+        try:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out: {error}") from None
+        for name in (JSON, PNG):
+            check_writable(arguments.out / name)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -74,8 +76,9 @@ def _demo(arguments: argparse.Namespace) -> int:
     found = report.results(_settings(arguments), without, with_norm, two)
     text, png = json.dumps(found, indent=1), figure.png(without, with_norm, two)
     try:
-        _write(arguments.out / JSON, text.encode())
-        _write(arguments.out / PNG, png)
+        for name, content in ((JSON, text.encode()), (PNG, png)):
+            with whole(arguments.out / name) as path:
+                path.write_bytes(content)
     except OSError as error:
         return _fail(str(error), 1)
     print(text if arguments.json else f"{report.as_text(found)}\n\nwrote {arguments.out / PNG} and {JSON} beside it")
@@ -114,13 +117,3 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "test": digits.TEST,
         "version": fastbn.__version__,
     }
-
-
-def _write(path: Path, content: bytes) -> None:
-    """The whole file or none of it: written under another name first."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

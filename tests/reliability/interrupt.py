@@ -1,5 +1,6 @@
 """Ctrl-C at any moment. In a long call: KeyboardInterrupt, the layer as a whole batch leaves it, and the next call is
-right. In `fastbn demo` and `fastbn bench`: exit status 130, no traceback, no file, no process left."""
+right. In `fastbn demo`, `bench` and `accuracy`, once they are imported: exit status 130, no traceback, no file, no
+process left."""
 
 import os
 import random
@@ -20,6 +21,7 @@ SHAPE = (40_000, 64)  # 10 MB: outputs from the pool
 PATIENCE = 60  # seconds
 COMMANDS = {
     "fastbn demo": ["demo"],
+    "fastbn accuracy": ["accuracy", "--quick", "--sides", "fastbn"],
     "fastbn bench": ["bench", "--quick", "--peers", "numpy", "--plot", "plot.png", "--markdown", "page.md"],
 }
 
@@ -94,11 +96,11 @@ def in_command(tally, name, words):
 
 
 def begun(process, name):
-    """Wait until its imports are done: the demo shows its bar, the benchmark has started a worker."""
+    """Wait until its imports are done: the demo shows its bar, the others have started a worker."""
     deadline = time.monotonic() + PATIENCE
     if name == "fastbn demo":
         process.stderr.peek(1)
-    while name == "fastbn bench" and len(children(process.pid)) < 2 and time.monotonic() < deadline:
+    while name != "fastbn demo" and len(children(process.pid)) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
 
 
