@@ -14,7 +14,6 @@ from fastbn._dispatch import BACKENDS, why_unavailable
 from fastbn._files import check_writable
 from fastbn.bench import headline
 from fastbn.bench.cases import ON_REQUEST, OPS, Case, grid, parse
-from fastbn.bench.headline import BEGIN, END
 from fastbn.bench.measure import REFERENCE_BYTES, Plan, installed_peers
 from fastbn.bench.worker import PEERS
 
@@ -110,8 +109,8 @@ def _count(text: str) -> int:
 def _marked(text: str, cases: list[Case], peers: tuple[str, ...]) -> str:
     check_writable(text)
     page = Path(text).read_text(encoding="utf-8") if Path(text).exists() else ""
-    if not 0 <= page.find(BEGIN) < page.find(END):
-        raise ValueError(f"{text!r} must have the line {BEGIN!r} and behind it {END!r}")
+    if not 0 <= page.find(headline.BEGIN) < page.find(headline.END):
+        raise ValueError(f"{text!r} must have the line {headline.BEGIN!r} and behind it {headline.END!r}")
     headline.check([(case.op, case.array) for case in cases], peers)
     return text
 

@@ -123,14 +123,15 @@ def interrupts_held_back() -> Iterator[None]:
         return
     multiprocessing.resource_tracker.ensure_running()  # starting it would let interrupts through again
     came: list[int] = []
-    handler = signal.getsignal(signal.SIGINT)
-    if handler is signal.default_int_handler:  # it would be called for what another thread, of a library's, receives
+    raises = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if raises:  # here, too, for what a thread of some library receives, which does not block it
         signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        signal.signal(signal.SIGINT, handler)
+        if raises:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if came:
             raise KeyboardInterrupt
