@@ -339,8 +339,8 @@ def compile_driver(driver, dtype, args):
 def call(driver, dtype, *args):
     function = compiled.get((driver, dtype))
     if function is None:
-        with _forks.first_use:
-            function = compiled[driver, dtype] = compile_driver(driver, dtype, args)
+        with _forks.first_use:  # which another thread may have held to compile the same
+            function = compiled[driver, dtype] = compiled.get((driver, dtype)) or compile_driver(driver, dtype, args)
     return function(*args)
 
 
@@ -418,7 +418,7 @@ def is_plain_output(out, source):
 
 
 def is_in_place(out, x):
-    """Whether a plain output, done, is the input's memory (by another array, perhaps): the driver refuses less."""
+    """Whether a plain output is the input's memory, by another array perhaps: the driver refuses a partial overlap."""
     return out is not None and np.may_share_memory(out, x)
 
 
