@@ -149,7 +149,7 @@ def extensions() -> list[Extension]:
     compiler, linker = flags()
     chosen = " ".join(f"{name}={os.environ.get(f'FASTBN_{name}', '')}" for name in ("OPENMP", "SANITIZE", "DEBUG"))
     switches = written(BUILD / "switches", chosen)  # other ones: everything is built again
-    depends = [str(KERNELS / name) for name in ("cython_kernels.pyx", "cython_calls.pyx", "machine.h", "halves.h")]
+    depends = [str(KERNELS / name) for name in ("cython_kernels.pyx", "cython_calls.pyx", "machine.h", "quads.h")]
     return [
         Extension(
             f"fastbn.kernels._cython_{name}",

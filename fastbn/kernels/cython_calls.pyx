@@ -214,7 +214,7 @@ def cpu_level():
 
 cdef inline Plan plan_of(cnp.ndarray x, int n_inputs) noexcept:
     return make_plan(cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2),
-                     n_inputs * cnp.PyArray_ITEMSIZE(x))
+                     cnp.PyArray_ITEMSIZE(x), n_inputs)
 
 
 cdef inline Py_ssize_t stride_of(cnp.ndarray x) noexcept:
@@ -430,7 +430,7 @@ cdef Plan plain_plan(cnp.ndarray x, axis, int n_inputs):
         outer *= cnp.PyArray_DIM(x, i)
     for i in range(at + 1, ndim):
         inner *= cnp.PyArray_DIM(x, i)
-    return make_plan(outer, cnp.PyArray_DIM(x, at), inner, n_inputs * cnp.PyArray_ITEMSIZE(x))
+    return make_plan(outer, cnp.PyArray_DIM(x, at), inner, cnp.PyArray_ITEMSIZE(x), n_inputs)
 
 
 cdef cnp.ndarray new_like(cnp.ndarray x):

@@ -18,7 +18,7 @@ cdef extern from "machine.h" nogil:
     void team_barrier()
     uintptr_t alias_bytes()
     int loads_two()
-    int is_zen4()
+    int is_zen3_or_4()
     void prefetch(const void* address)
     void prefetch_far(const void* address)
     void prefetch_write(const void* address)
@@ -31,18 +31,18 @@ cdef extern from "machine.h" nogil:
     void stream_line(void* target, const void* source)
     void stream_end()
 
-cdef extern from "halves.h" nogil:
-    void sums_strip_halves(
+cdef extern from "quads.h" nogil:
+    void sums_strip_quads(
         const float* x, Py_ssize_t stride, Py_ssize_t n_rows, const double* pivot, double* s1, double* s2)
-    void grad_sums_strip_halves(
+    void grad_sums_strip_quads(
         const float* dy, Py_ssize_t dy_stride, const float* x, Py_ssize_t x_stride, Py_ssize_t n_rows,
         const double* mean, double* s1, double* s2)
-    void sums_run_halves(const float* x, Py_ssize_t length, const double* pivot, double* s1, double* s2)
-    void grad_sums_run_halves(
+    void sums_run_quads(const float* x, Py_ssize_t length, const double* pivot, double* s1, double* s2)
+    void grad_sums_run_quads(
         const float* dy, const float* x, Py_ssize_t length, const double* mean, double* s1, double* s2)
-    void sums_held_halves(
+    void sums_held_quads(
         const float* x, Py_ssize_t stride, Py_ssize_t n_rows, const double* pivot, double* s1, double* s2)
-    void grad_sums_held_halves(
+    void grad_sums_held_quads(
         const float* dy, Py_ssize_t dy_stride, const float* x, Py_ssize_t x_stride, Py_ssize_t n_rows,
         const double* mean, double* s1, double* s2)
 
@@ -63,7 +63,7 @@ cdef enum:
     HELD_BYTES = 2048     # and so are, so many columns at a time, near rows of a multiple of HELD columns and up to so
     # many bytes (512x256: moments 0.95 of the time, 500x192 0.9, sums of its backward 0.85; longer ones up to 1.3)
     LANES = STRIP         # accumulators a channel where the inner axis is swept: one strip
-    HALVES_INNER = 24 * LANES  # of shorter runs, the moments are not summed by halves (14x14 in L3: 1.01 to 1.05 times
+    QUADS_INNER = 24 * LANES  # of shorter runs, the moments are not summed by halves (14x14 in L3: 1.01 to 1.05 times
     # the time, 8x8 1.1 to 1.17; in L2 0.95 to 1)
     SHORT_INNER = 64      # inner axes shorter than this are swept as columns (64x512x7x7: moments half the time,
     # forward and backward 0.7), of few rows only those half as short (2x512x7x7: 1.5 times the time)
@@ -122,7 +122,7 @@ cdef enum:                 # what the sums fetch ahead, a literal wherever it is
     NOTHING
     NEAR                   # what is in a cache, into L1
     FAR                    # what is not, into L2
-    HALVES                 # as NEAR, but of a channel's run nothing; and they add in vectors of AVX2: see halves.h
+    QUADS                 # as NEAR, but of a channel's run nothing; and they add in vectors of AVX2: see quads.h
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,11 +177,17 @@ cdef inline bint is_near(const Plan* plan, Py_ssize_t itemsize) noexcept nogil:
     return plan.outer * plan.channels * plan.inner * itemsize < NEAR_BYTES
 
 
+cdef inline bint is_avx2_float(Py_ssize_t itemsize) noexcept nogil:
+    """Whether the sums are of floats, in vectors of AVX2, of which 16 registers hold STRIP columns."""
+    return VECTOR_BYTES == LINE // 2 and itemsize == sizeof(float)
+
+
 cdef Plan make_plan(
     Py_ssize_t outer, Py_ssize_t channels, Py_ssize_t inner,
-    Py_ssize_t itemsize,       # IN   bytes of an element of all that the sums read
+    Py_ssize_t itemsize,       # IN   bytes of an element
+    Py_ssize_t n_arrays,       # IN   that the sums read
 ) noexcept nogil:
-    cdef Py_ssize_t width = channels * inner
+    cdef Py_ssize_t width = channels * inner, n_bytes = n_arrays * itemsize
     cdef Plan plan
     plan.outer, plan.channels, plan.inner = outer, channels, inner
     plan.by_inner = inner >= (SHORT_INNER // 2 if outer < FEW_ROWS else SHORT_INNER)
@@ -206,12 +212,11 @@ cdef Plan make_plan(
         plan.block_outer = plan.fold * BLOCK_ROWS
     plan.sums_fold = plan.fold
     plan.held = False
-    # Shorter vectors have fewer registers: strip by strip, AVX2 took 5 to 10 % longer from the third cache on.
-    if VECTOR_BYTES == LINE and not plan.by_inner and plan.fold * width >= HELD:
+    if (VECTOR_BYTES == LINE or is_avx2_float(itemsize)) and not plan.by_inner and plan.fold * width >= HELD:
         if HELD % width == 0:
             plan.sums_fold = HELD // width
             plan.held = True
-        elif width % HELD == 0 and width * itemsize <= HELD_BYTES and is_near(&plan, itemsize):
+        elif VECTOR_BYTES == LINE and width % HELD == 0 and width * n_bytes <= HELD_BYTES and is_near(&plan, n_bytes):
             plan.sums_fold = 1
             plan.held = True
     plan.n_segments = ceil_div(inner, plan.block_inner)
@@ -341,18 +346,22 @@ cdef inline void prefetch_strip(const floating* x, bint far) noexcept nogil:
             prefetch(<const char*>x + i * LINE)
 
 
-cdef inline int near_or_halves(Py_ssize_t itemsize) noexcept nogil:
-    """How the sums read what is in a cache. Zen 4, two threads, float32 by halves (HELD columns: see held_by_halves):
-    moments of 512x512 and 500x77 0.88 of the time, 4096x256 0.92, 8x64x56x56 0.86; sums of the backward of 256x512 0.85
-    to 0.9, 500x77 0.82, 4096x256 0.93, 32x256x14x14 0.9 to 0.94, 8x64x56x56 0.73."""
-    return HALVES if VECTOR_BYTES == LINE and itemsize == sizeof(float) and is_zen4() else NEAR
+cdef inline int near_or_quads(const Plan* plan, Py_ssize_t itemsize) noexcept nogil:
+    """How the sums read what is in a cache. Zen 4, AVX-512, two threads, float32 by quads (HELD columns: see
+    held_by_quads): moments of 512x512 and 500x77 0.88 of the time, 4096x256 0.92, 8x64x56x56 0.86; sums of the backward of
+    256x512 0.85 to 0.9, 500x77 0.82, 4096x256 0.93, 32x256x14x14 0.9 to 0.94, 8x64x56x56 0.73. Zen 3, AVX2: moments of
+    8x64x56x56 0.8 to 0.9, sums of the backward 0.77, 32x256x14x14 0.88. There the strips of wide rows took 1.02 to 1.05
+    times as long; and fetching, which the processor does itself, 1.05 to 1.15, so of those nothing is fetched."""
+    if is_avx2_float(itemsize):
+        return QUADS if plan.by_inner else NOTHING if is_zen3_or_4() else NEAR
+    return QUADS if VECTOR_BYTES == LINE and itemsize == sizeof(float) and is_zen3_or_4() else NEAR
 
 
 cdef int what_to_fetch(
     const Plan* plan, Py_ssize_t itemsize, Py_ssize_t n_arrays,
     bint in_line,              # IN   whether rows lie one behind the other
 ) noexcept nogil:
-    """Of the arrays that the sums read. A Zen 4 itself finds what is read in one sweep, of float32 only vast ones.
+    """Of the arrays that the sums read. A Zen 3 or 4 itself finds what is read in one sweep, of float32 only vast ones.
     There, without fetching, moments and sums of the backward of 1000000x64 took 0.93 and 0.96 of the time, of
     1x64x1000000 0.94 and 0.75 to 0.92, the latter of 32x64x112x112 0.86 (64x64x56x56, with shorter runs, 1.4); of
     float64 8192x64 0.94 and 0.84, 512x512 0.95 and 0.9, 8x64x56x56 0.92 and 0.88, 500000x64 0.9 and 0.96."""
@@ -361,16 +370,17 @@ cdef int what_to_fetch(
     cdef bint sweep = in_line and (plan.held or not far)
     if plan.by_inner:  # moments of float32, read in less time, take longer runs (32x64x112x112 1.12)
         sweep = plan.inner * itemsize >= (RUN_BYTES if n_arrays == 2 or itemsize == sizeof(double) else 8 * RUN_BYTES)
-    if sweep and is_zen4() and (itemsize == sizeof(double) or n_bytes >= VAST_BYTES):
+        sweep = sweep and not (n_arrays == 1 and is_avx2_float(itemsize))  # Zen 3, 1000000x64 in Fortran order: 1.06
+    if sweep and is_zen3_or_4() and (itemsize == sizeof(double) or n_bytes >= VAST_BYTES):
         return NOTHING
     # So it does rows of HELD columns that lie apart, once they and what lies between them are too many for a cache.
     # Every other row, two threads and one, without fetching: moments of 500000x64 0.64 to 0.7 of the time, 100000x64
     # 0.77, sums of the backward of both 0.7 to 0.9, of 62500x64 0.75; float64 300000x64 1.3, wider rows 1.05 to 2.
-    if plan.held and not in_line and itemsize == sizeof(float) and 2 * n_bytes >= FAR_BYTES and is_zen4():
+    if plan.held and not in_line and itemsize == sizeof(float) and 2 * n_bytes >= FAR_BYTES and is_zen3_or_4():
         return NOTHING
-    if plan.by_inner and n_arrays == 1 and plan.inner < HALVES_INNER:
+    if plan.by_inner and n_arrays == 1 and plan.inner < QUADS_INNER:
         return FAR if far else NEAR
-    return FAR if far else near_or_halves(itemsize)
+    return FAR if far else near_or_quads(plan, itemsize)
 
 
 cdef inline void prefetch_row(
@@ -505,8 +515,8 @@ cdef inline void sums_group(
         if floating is float and fetch == FAR and stride == LANES:
             for r in range(n_rows, 2 * n_rows):
                 prefetch(x + r * LANES)
-        if floating is float and fetch == HALVES:
-            sums_strip_halves(<const float*>hidden(x + j), stride, n_rows, pivot + j, s1 + j, s2 + j)
+        if floating is float and fetch == QUADS:
+            sums_strip_quads(<const float*>hidden(x + j), stride, n_rows, pivot + j, s1 + j, s2 + j)
         else:
             sums_strip(<const floating*>hidden(x + j), stride, n_rows, STRIP, NOTHING, pivot + j, s1 + j, s2 + j)
         j += STRIP
@@ -540,11 +550,11 @@ cdef inline void sums_rows_as(
         sums_group(x, stride, 1, width, ahead, fetch, pivot, s1, s2)
 
 
-cdef inline bint held_by_halves(Py_ssize_t stride, Py_ssize_t width) noexcept nogil:
+cdef inline bint held_by_quads(int fetch, Py_ssize_t stride, Py_ssize_t width) noexcept nogil:
     """Whether by halves where HELD columns are taken at a time, too. Zen 4, two threads, moments: 16384x64, 62500x64
     0.77 of the time, 2048x32 0.75, 256x512 0.82, 512x256 0.83; sums of the backward: 16384x64 0.87, 2048x32 0.77. Where
     rows of HELD columns lie apart, it took up to 1.35 times as long, in no cache 1.3, in the backward 1.5."""
-    return stride == HELD or width > HELD
+    return VECTOR_BYTES < LINE or (fetch == QUADS and (stride == HELD or width > HELD))
 
 
 cdef inline void sums_held(
@@ -556,8 +566,8 @@ cdef inline void sums_held(
         r = 0
         while r < n_rows:
             n = min(HELD_ROWS, n_rows - r)
-            if floating is float and fetch == HALVES:
-                sums_held_halves(<const float*>x + r * stride + j, stride, n, pivot + j, s1 + j, s2 + j)
+            if floating is float and fetch == QUADS:
+                sums_held_quads(<const float*>x + r * stride + j, stride, n, pivot + j, s1 + j, s2 + j)
             else:
                 sums_strip(x + r * stride + j, stride, n, HELD, fetch, pivot + j, s1 + j, s2 + j)
             r += HELD_ROWS
@@ -568,20 +578,20 @@ cdef void sums_rows(
     const floating* x, Py_ssize_t stride, Py_ssize_t n_rows, Py_ssize_t width, bint held, int fetch,
     const double* pivot, double* s1, double* s2,
 ) noexcept nogil:
-    if held and fetch == FAR:
+    if floating is float and held and held_by_quads(fetch, stride, width):
+        sums_held(x, stride, n_rows, width, QUADS, pivot, s1, s2)
+    elif held and fetch == FAR:
         sums_held(x, stride, n_rows, width, FAR, pivot, s1, s2)
     elif held and fetch == NOTHING:
         sums_held(x, stride, n_rows, width, NOTHING, pivot, s1, s2)
-    elif floating is float and held and fetch == HALVES and held_by_halves(stride, width):
-        sums_held(x, stride, n_rows, width, HALVES, pivot, s1, s2)
     elif held:
         sums_held(x, stride, n_rows, width, NEAR, pivot, s1, s2)
     elif fetch == FAR:  # a literal in each branch: tested in each strip, it took float64 3 to 7 % longer
         sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, FAR, pivot, s1, s2)
     elif fetch == NEAR:
         sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, NEAR, pivot, s1, s2)
-    elif floating is float and fetch == HALVES:
-        sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, HALVES, pivot, s1, s2)
+    elif floating is float and fetch == QUADS:
+        sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, QUADS, pivot, s1, s2)
     else:
         sums_rows_as(x, stride, n_rows, width, COLUMNS_AHEAD, NOTHING, pivot, s1, s2)
 
@@ -603,8 +613,8 @@ cdef void sums_lanes(
     """The same as rows of LANES: by a literal, runs of 196 take half the time; a call for the rest takes a quarter."""
     cdef Py_ssize_t n_rows = length // LANES
     # By strips in halves, 8x64x56x56 and 16x128x28x28 took 1.03 to 1.09 times as long.
-    if floating is float and fetch == HALVES:
-        sums_run_halves(<const float*>x, length, pivot, s1, s2)
+    if floating is float and fetch == QUADS:
+        sums_run_quads(<const float*>x, length, pivot, s1, s2)
         return
     if fetch == FAR:  # a literal in each branch: tested in each strip, it took 32x256x14x14 10 to 20 % longer
         sums_rows_as(x, LANES, n_rows, LANES, ahead, FAR, pivot, s1, s2)
@@ -653,7 +663,7 @@ cdef void sums_block(
                 sums_apart(x + r * stride, stride, width, plan.sums_fold, fetch, pivot, s1, s2)
             else:
                 sums_run(gather(x + r * stride, stride, n, width, buffer), n * width, plan.sums_fold * width,
-                         plan.held, near_or_halves(sizeof(floating)), pivot, s1, s2)
+                         plan.held, near_or_quads(plan, sizeof(floating)), pivot, s1, s2)
     fold_sums(s1, channels, plan.repeat, plan.sums_fold)
     fold_sums(s2, channels, plan.repeat, plan.sums_fold)
 
@@ -699,15 +709,26 @@ cdef inline void merge_moments(
     """Chan, Golub and LeVeque (1979): delta = mean_b - mean, m2 += m2_b + delta^2 n_a n_b / (n_a + n_b)."""
     cdef Py_ssize_t c
     cdef double delta, weight = n_b / (n_a + n_b), cross = n_a * (n_b / (n_a + n_b))
-    if n_a == 0:  # delta^2 could overflow
-        memcpy(mean, mean_b, channels * sizeof(double))
-        memcpy(rest, rest_b, channels * sizeof(double))
-        memcpy(m2, m2_b, channels * sizeof(double))
-        return
     for c in range(channels):
         delta = (mean_b[c] - mean[c]) + (rest_b[c] - rest[c])
         rest[c] += delta * weight
         m2[c] += m2_b[c] + delta * delta * cross
+
+
+cdef inline void put_moments(
+    double n, const double* pivot, const double* s1, const double* s2, Py_ssize_t channels,
+    double* mean,              # OUT
+    double* rest,              # OUT  may be s1
+    double* m2,                # OUT  may be s2
+) noexcept nogil:
+    """From the sums of n values a channel about a pivot."""
+    cdef Py_ssize_t c
+    cdef double shift, weight = 1 / n  # three divisions a channel took a fifth of a block
+    for c in range(channels):
+        shift = s1[c] * weight
+        mean[c] = pivot[c]
+        m2[c] = s2[c] - s1[c] * shift
+        rest[c] = shift
 
 
 cdef inline void settle_one(double* mean, double* rest) noexcept nogil:
@@ -772,18 +793,18 @@ cdef void moments_task(
             spread(mean_b, channels, plan.repeat, plan.sums_fold, pivot)
             if k > 1:  # of 32 rows, the first is the pivot as it is
                 sums_block(first, stride, k_rows, k_length, channels, plan, buffer, pivot, s1, s2)
-                weight = 1 / (<double>k_rows * k_length)  # three divisions a channel took a fifth of a block
+                weight = 1 / (<double>k_rows * k_length)
                 for c in range(channels):
                     mean_b[c] += s1[c] * weight
                 spread(mean_b, channels, plan.repeat, plan.sums_fold, pivot)
 
         sums_block(first, stride, block.n_rows, block.length, channels, plan, buffer, pivot, s1, s2)
         n = <double>block.n_rows * block.length
-        weight = 1 / n
-        for c in range(channels):
-            s2[c] -= s1[c] * (s1[c] * weight)
-            s1[c] *= weight
-        merge_moments(count, mean, rest, m2, n, mean_b, s1, s2, channels)
+        if count == 0:  # moments of 32x4096 0.95 of the time that it took by way of s1 and s2
+            put_moments(n, mean_b, s1, s2, channels, mean, rest, m2)
+        else:
+            put_moments(n, mean_b, s1, s2, channels, mean_b, s1, s2)
+            merge_moments(count, mean, rest, m2, n, mean_b, s1, s2, channels)
         count += n
     if count > n:  # a first row far off takes the first pivot along: so large a rest would cost the mean two digits
         settle(mean, rest, channels)
@@ -873,13 +894,20 @@ cdef inline void normalize_strip(
         center[j] = <floating>total[j]
         scale[j] = <floating>(invstd[j] * gamma[j] if gamma != NULL else invstd[j])
         offset[j] = <floating>(-((total[j] - center[j]) + low[j]) * scale[j])
-    memcpy(stats, total, n_columns * sizeof(double))
-    memcpy(stats + pitch, var, n_columns * sizeof(double))
-    memcpy(stats + 2 * pitch, invstd, n_columns * sizeof(double))
-    memcpy(stats + 3 * pitch, low, n_columns * sizeof(double))
-    memcpy(coefs, center, n_columns * sizeof(floating))
-    memcpy(coefs + pitch, scale, n_columns * sizeof(floating))
-    memcpy(coefs + 2 * pitch, offset, n_columns * sizeof(floating))
+    for j in range(n_columns):
+        stats[j] = total[j]
+    for j in range(n_columns):
+        stats[pitch + j] = var[j]
+    for j in range(n_columns):
+        stats[2 * pitch + j] = invstd[j]
+    for j in range(n_columns):
+        stats[3 * pitch + j] = low[j]
+    for j in range(n_columns):
+        coefs[j] = center[j]
+    for j in range(n_columns):
+        coefs[pitch + j] = scale[j]
+    for j in range(n_columns):
+        coefs[2 * pitch + j] = offset[j]
 
 
 cdef inline const floating* from_channel(const floating* values, Py_ssize_t c) noexcept nogil:
@@ -1036,7 +1064,7 @@ cdef inline bint holds_coefs(const Plan* plan, Py_ssize_t width, Py_ssize_t item
     coefficients in registers, which only floats leave room for. Measured on a Zen 4 alone, two threads, times that of
     pairs: 16384x64 and 32000x32 affine 0.92 to 0.95, forward 0.98, grad_affine 0.77 to 0.88, backward 0.87 to 0.95;
     2048x64 0.96 to 1, 0.97 to 1, 0.83 to 0.95, 0.91 to 0.97."""
-    return itemsize == 4 and plan.held and HELD % width == 0 and is_zen4()
+    return VECTOR_BYTES == LINE and itemsize == 4 and plan.held and HELD % width == 0 and is_zen3_or_4()
 
 
 cdef inline Py_ssize_t count_held(const floating* y, Py_ssize_t length) noexcept nogil:
@@ -1057,7 +1085,7 @@ cdef inline bint fetches_ahead(bint near, bint stream) noexcept nogil:
     forward and backward of 512x1024 took 0.97 and 0.83 of the time, of 1300x1000 0.97 and 0.9, of 32x256x14x14 0.99 and
     0.97, of float64 8192x64 0.84 and 0.75, by AVX2 0.58 to 1. Pairs of rows of affine fetch all the same: 0.94
     to 0.98 of the time."""
-    return stream or not (near or is_zen4())
+    return stream or not (near or is_zen3_or_4())
 
 
 cdef inline bint trails(const floating* y, const floating* x) noexcept nogil:
@@ -1544,8 +1572,8 @@ cdef inline void grad_sums_group(
     while j + STRIP <= width:
         prefetch_rows(dy, dy_stride, n_rows, width, j, dy_ahead, fetch)
         prefetch_rows(x, x_stride, n_rows, width, j, x_ahead, fetch)
-        if floating is float and fetch == HALVES:
-            grad_sums_strip_halves(<const float*>hidden(dy + j), dy_stride, <const float*>hidden(x + j), x_stride,
+        if floating is float and fetch == QUADS:
+            grad_sums_strip_quads(<const float*>hidden(dy + j), dy_stride, <const float*>hidden(x + j), x_stride,
                                    n_rows, mean + j, s1 + j, s2 + j)
         else:
             grad_sums_strip(<const floating*>hidden(dy + j), dy_stride, <const floating*>hidden(x + j), x_stride,
@@ -1612,8 +1640,8 @@ cdef inline void grad_sums_rows_by(
     elif fetch == NEAR:
         grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, NEAR,
                           mean, coefs, False, s1, s2)
-    elif floating is float and fetch == HALVES:
-        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, HALVES,
+    elif floating is float and fetch == QUADS:
+        grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, QUADS,
                           mean, coefs, False, s1, s2)
     else:
         grad_sums_rows_as(dy, dy_stride, x, x_stride, n_rows, step, width, dy_ahead, x_ahead, NOTHING,
@@ -1625,18 +1653,23 @@ cdef inline void grad_sums_held_as(
     Py_ssize_t n_rows, Py_ssize_t width, int fetch,
     const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
 ) noexcept nogil:
-    cdef Py_ssize_t j = 0, r, n
+    # AVX2's registers hold a strip, with a ReLU of a few rows (of 64, 1000000x64 took 2.3 times as long).
+    cdef Py_ssize_t n_columns = HELD if VECTOR_BYTES == LINE else STRIP
+    cdef Py_ssize_t step = HELD_ROWS if VECTOR_BYTES == LINE or fetch == QUADS else ROWS
+    cdef Py_ssize_t i, k, r, n, j = 0
     while j < width:
         r = 0
         while r < n_rows:
-            n = min(HELD_ROWS, n_rows - r)
-            if floating is float and fetch == HALVES:
-                grad_sums_held_halves(<const float*>dy + r * dy_stride + j, dy_stride,
+            n = min(step, n_rows - r)
+            if floating is float and fetch == QUADS:
+                grad_sums_held_quads(<const float*>dy + r * dy_stride + j, dy_stride,
                                       <const float*>x + r * x_stride + j, x_stride, n, mean + j, s1 + j, s2 + j)
             else:
-                grad_sums_strip(dy + r * dy_stride + j, dy_stride, x + r * x_stride + j, x_stride, n, HELD,
-                                fetch, mean + j, coefs + j, relu, s1 + j, s2 + j)
-            r += HELD_ROWS
+                for i in range(HELD // n_columns):
+                    k = j + i * n_columns
+                    grad_sums_strip(dy + r * dy_stride + k, dy_stride, x + r * x_stride + k, x_stride, n, n_columns,
+                                    fetch, mean + k, coefs + k, relu, s1 + k, s2 + k)
+            r += step
         j += HELD
 
 
@@ -1645,7 +1678,7 @@ cdef void grad_sums_held(
     Py_ssize_t n_rows, Py_ssize_t width, int fetch, const double* mean, const floating* coefs, bint relu,
     double* s1, double* s2,
 ) noexcept nogil:
-    cdef bint halves = fetch == HALVES and held_by_halves(dy_stride, width) and held_by_halves(x_stride, width)
+    cdef bint quads = held_by_quads(fetch, dy_stride, width) and held_by_quads(fetch, x_stride, width)
     if width > HELD:  # longer rows are near (512x256: fetching took 1.1 times as long, float64 256x256 1.3 to 1.5)
         fetch = NOTHING
     if relu and fetch == FAR:
@@ -1654,8 +1687,8 @@ cdef void grad_sums_held(
         grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, NOTHING, mean, coefs, True, s1, s2)
     elif relu:
         grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, NEAR, mean, coefs, True, s1, s2)
-    elif floating is float and halves:
-        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, HALVES, mean, coefs, False, s1, s2)
+    elif floating is float and quads:
+        grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, QUADS, mean, coefs, False, s1, s2)
     elif fetch == FAR:
         grad_sums_held_as(dy, dy_stride, x, x_stride, n_rows, width, FAR, mean, coefs, False, s1, s2)
     elif fetch == NOTHING:
@@ -1706,8 +1739,8 @@ cdef inline void grad_sums_lanes(
     """The same as rows of LANES."""
     cdef Py_ssize_t n_rows = length // LANES, done = n_rows * LANES
     # By strips in halves, 9x9 to 14x14 took 1.1 to 1.25 times as long, 7x7 1.25, 28x28 and 56x56 as long, 8x8 0.9.
-    if floating is float and fetch == HALVES and not relu:
-        grad_sums_run_halves(<const float*>dy, <const float*>x, length, mean, s1, s2)
+    if floating is float and fetch == QUADS and not relu:
+        grad_sums_run_quads(<const float*>dy, <const float*>x, length, mean, s1, s2)
         return
     grad_sums_rows_by(dy, LANES, x, LANES, n_rows, ROWS, LANES, dy_ahead, x_ahead, fetch, mean, coefs, relu, s1, s2)
     if done < length:
@@ -1788,7 +1821,7 @@ cdef void grad_moments_task(
                 else:
                     grad_sums_run(gather(dy + r * dy_stride, dy_stride, n, width, dy_buffer),
                                   gather(x + r * x_stride, x_stride, n, width, x_buffer),
-                                  n * width, wide, plan.held, near_or_halves(sizeof(floating)),
+                                  n * width, wide, plan.held, near_or_quads(plan, sizeof(floating)),
                                   mean, coefs, relu, s1, s2)
         fold_sums(s1, channels, plan.repeat, plan.sums_fold)
         fold_sums(s2, channels, plan.repeat, plan.sums_fold)

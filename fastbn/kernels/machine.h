@@ -71,10 +71,10 @@ static inline int loads_two(void) {
 #endif
 }
 
-/* Whether it is a Zen 4, by what it has: AVX-512, and loads one such vector a cycle. */
-static inline int is_zen4(void) {
+/* Whether it is a Zen 3 or 4, by what it has. They find by themselves what lies in their caches. */
+static inline int is_zen3_or_4(void) {
 #if defined(__x86_64__) && defined(__GNUC__)
-    return __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512f") && !loads_two();
+    return __builtin_cpu_is("amd") && __builtin_cpu_supports("vpclmulqdq") && !loads_two();
 #else
     return 0;
 #endif
@@ -94,9 +94,9 @@ static inline uintptr_t alias_bytes(void) {
 }
 
 /* Bytes of a vector of the instruction set that this is compiled for. */
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__FMA__)
 #define VECTOR_BYTES 64
-#elif defined(__AVX__)
+#elif defined(__AVX2__) && defined(__FMA__)
 #define VECTOR_BYTES 32
 #else
 #define VECTOR_BYTES 16

@@ -17,6 +17,7 @@ from fastbn.kernels.numba_machine import (
     DOUBLES,
     LINE,
     LOADS_TWO,
+    ZEN3_OR_4,
     ZEN4,
     address,
     at,
@@ -273,7 +274,7 @@ def what_to_fetch(
     sweep = in_line and (plan.held or not far)
     if plan.by_inner:
         sweep = plan.inner * itemsize >= (RUN_BYTES if n_arrays == 2 or itemsize == 8 else 8 * RUN_BYTES)
-    if sweep and ZEN4 and (itemsize == 8 or n_bytes >= VAST_BYTES):
+    if sweep and ZEN3_OR_4 and (itemsize == 8 or n_bytes >= VAST_BYTES):
         return NOTHING
     if plan.held and not in_line and ZEN4 and itemsize == 4 and 2 * n_bytes >= FAR_BYTES:
         return NOTHING
@@ -514,16 +515,26 @@ def merge_moments(n_a, mean, rest, m2, n_b, mean_b, rest_b, m2_b, channels):
     restrict()
     weight = n_b / (n_a + n_b)
     cross = n_a * (n_b / (n_a + n_b))
-    if n_a == 0:  # delta^2 could overflow
-        for c in range(channels):
-            mean[c] = mean_b[c]
-            rest[c] = rest_b[c]
-            m2[c] = m2_b[c]
-        return
     for c in range(channels):
         delta = (mean_b[c] - mean[c]) + (rest_b[c] - rest[c])
         rest[c] += delta * weight
         m2[c] += m2_b[c] + delta * delta * cross
+
+
+@helper
+def put_moments(
+    n, pivot, s1, s2, channels,
+    mean,    # OUT
+    rest,    # OUT  may be s1
+    m2,      # OUT  may be s2
+):
+    """From the sums of n values a channel about a pivot."""
+    weight = 1 / n  # three divisions a channel took a fifth of a block
+    for c in range(channels):
+        shift = s1[c] * weight
+        mean[c] = pivot[c]
+        m2[c] = s2[c] - s1[c] * shift
+        rest[c] = shift
 
 
 @helper
@@ -575,12 +586,13 @@ def moments_task(
                 mean_b[c] += s1[c] * weight
             spread(mean_b, channels, plan.repeat, plan.sums_fold, pivot)
             sums_block(first, stride, n_rows, length, channels, plan, buffer, pivot, s1, s2)
-            weight = 1 / float(n_rows * length)  # multiplied by: divisions took a fifth of a block
+            weight = 1 / float(n_rows * length)
         n = float(block.n_rows * block.length)
-        for c in range(channels):
-            s2[c] -= s1[c] * (s1[c] * weight)
-            s1[c] *= weight
-        merge_moments(count, mean, rest, m2, n, mean_b, s1, s2, channels)
+        if count == 0:
+            put_moments(n, mean_b, s1, s2, channels, mean, rest, m2)
+        else:
+            put_moments(n, mean_b, s1, s2, channels, mean_b, s1, s2)
+            merge_moments(count, mean, rest, m2, n, mean_b, s1, s2, channels)
         count += n
     if count > n:  # a first row far off takes the first pivot along: so large a rest would cost the mean two digits
         settle(mean, rest, channels)
@@ -791,8 +803,8 @@ def next_column(j, n_columns, width):
 
 @helper
 def fetches_ahead(near, stream):
-    """Whether the elementwise passes do, strip by strip. A Zen 4 itself finds what lies in its caches."""
-    return stream or not (near or ZEN4)
+    """Whether the elementwise passes do, strip by strip. A Zen 3 or 4 itself finds what lies in its caches."""
+    return stream or not (near or ZEN3_OR_4)
 
 
 @helper

@@ -14,7 +14,8 @@ from numba.extending import intrinsic, lower_builtin, models, register_model
 LINE = 64  # bytes of a cache line
 AMD = binding.get_host_cpu_name().startswith(("amdfam", "btver", "bdver", "znver"))
 LOADS_TWO = AMD and bool(binding.get_host_cpu_features().get("avx512vp2intersect"))  # vectors a cycle; see machine.h
-ZEN4 = AMD and bool(binding.get_host_cpu_features().get("avx512f")) and not LOADS_TWO
+ZEN3_OR_4 = AMD and bool(binding.get_host_cpu_features().get("vpclmulqdq")) and not LOADS_TWO
+ZEN4 = ZEN3_OR_4 and bool(binding.get_host_cpu_features().get("avx512f"))
 # A load waits for a store before it whose address differs by a multiple of this; on a Zen 5 it is not worth going back.
 ALIAS_BYTES = 1 << 62 if LOADS_TWO else 4096 if AMD else 1 << 20
 

@@ -1,8 +1,9 @@
-/* The sums of floats in vectors of AVX2 instead of AVX-512, in the same bits as sums_strip and grad_sums_strip. A Zen 4
-   converts eight floats to doubles in one vector in 1.33 cycles, in two of four in 1; with the rest of the moments' sums
-   that makes 2.97 and 2.02 cycles, with that of the backward's 4.35 and 2.5, if accumulators fill the registers. */
-#ifndef FASTBN_HALVES_H
-#define FASTBN_HALVES_H
+/* The sums of floats in vectors of four doubles, those of AVX2, in the same bits as sums_strip and grad_sums_strip. It is
+   what AVX2 has, and what a Zen 4 takes instead of AVX-512, too: it converts eight floats to doubles in one vector in 1.33
+   cycles, in two of four in 1; with the rest of the moments' sums that makes 2.97 and 2.02 cycles, with that of the
+   backward's 4.35 and 2.5, if accumulators fill the registers. */
+#ifndef FASTBN_QUADS_H
+#define FASTBN_QUADS_H
 
 #include "machine.h"
 
@@ -12,41 +13,47 @@
 #define ALWAYS_INLINE static inline
 #endif
 
-#if defined(__AVX512F__)
+#if VECTOR_BYTES >= 32
 enum {
     STRIP_COLUMNS = 16,
     STRIP_VECTORS = STRIP_COLUMNS / 4,
-    /* Of HELD columns, half fill the registers, so one is summed after the other: */
-    HALF = 32,             /* columns, in ... */
-    VECTORS = HALF / 4,    /* ... so many vectors */
-    MOMENTS_ROWS = 64,     /* rows after which the other half's turn comes: as many as sums_strip gets at most ... */
+    LINE_FLOATS = 16,      /* floats of a cache line */
+    /* Of HELD_COLUMNS, a part fills the registers, 16 or AVX-512's 32, so one is summed after the other: */
+    HELD_COLUMNS = 64,
+    PART = VECTOR_BYTES / 2,  /* columns, in ... */
+    VECTORS = PART / 4,    /* ... so many vectors */
+    PARTS = HELD_COLUMNS / PART,
+    MOMENTS_ROWS = 64,     /* rows after which the next part's turn comes: as many as sums_strip gets at most ... */
     GRAD_ROWS_EACH = 32,   /* ... and of two arrays so many, for the first cache holds no more */
     ROWS_COMING = 2        /* what longer rows fetch ahead (256x512: with 1 or 4, moments 1.02 to 1.05 times the time) */
 };
 
 /* Unrolled before GCC puts arrays into registers; of a loop that it unrolls later, they would be on the stack. */
 #define FOR_VECTORS(j, n) _Pragma("GCC unroll 8") for (int j = 0; j < (n); j++)
+#define FOR_PARTS(i) _Pragma("GCC unroll 4") for (int i = 0; i < PARTS; i++)
 
-/* What is fetched while rows of a half are summed: a half a row. */
+/* What is fetched while rows of a part are summed, as much a row, PARTS rows a turn. */
 struct coming {
     const float *first;
-    ptrdiff_t stride;
+    ptrdiff_t each, turn;  /* how far it moves a row, and a turn */
 };
 
-/* Rows that lie one behind the other are fetched in that order, half as far ahead as the halves take turns; by the columns
-   of each half, the sums of the backward of 62500x64 took twice as long. */
-static inline struct coming coming(const float *x, ptrdiff_t stride, ptrdiff_t n_rows, ptrdiff_t turn, ptrdiff_t half) {
-    struct coming next = {x + ROWS_COMING * stride + half * HALF, stride};
-    if (stride == 2 * HALF) {
-        next.first = x + (turn / 2 + half * n_rows / 2) * stride;
-        next.stride = HALF;
+/* Rows of HELD_COLUMNS are fetched row by row, a part's share of the block that lies as far ahead as the parts take turns;
+   by the columns of each part, the sums of the backward of 62500x64 took twice as long. */
+ALWAYS_INLINE struct coming coming(const float *x, ptrdiff_t stride, ptrdiff_t n_rows, ptrdiff_t block, ptrdiff_t part) {
+    struct coming next = {x + ROWS_COMING * stride + part * PART, stride, PARTS * stride};
+    if (stride == HELD_COLUMNS || VECTOR_BYTES < 64) {
+        next.first = x + (block / PARTS + part * n_rows / PARTS) * stride;
+        next.each = PART;
+        next.turn = stride;
     }
     return next;
 }
 
-static inline void fetch(struct coming next, ptrdiff_t row) {
-    prefetch(next.first + row * next.stride);
-    prefetch(next.first + row * next.stride + HALF / 2);
+/* What comes in the place of a turn's row. */
+ALWAYS_INLINE void fetch(struct coming next, ptrdiff_t row) {
+    for (int i = 0; i < PART; i += LINE_FLOATS)
+        prefetch(next.first + row * next.each + i);
 }
 
 static inline __m256d load_four(const float *x) { return _mm256_cvtps_pd(_mm_loadu_ps(x)); }
@@ -112,15 +119,31 @@ ALWAYS_INLINE void add_run_strips(struct run_sums *sums, const __m256d *strip1, 
     }
 }
 
-/* Of so many values the lanes in a vector. */
-static inline __mmask8 lanes_of(ptrdiff_t n) { return n < 4 ? (1 << n) - 1 : 15; }
-
-static inline __m256d load_lanes(__mmask8 lanes, const float *x) { return _mm256_cvtps_pd(_mm_maskz_loadu_ps(lanes, x)); }
-
-static inline void add_lanes(struct run_sums *sums, int j, __mmask8 lanes, __m256d value1, __m256d value2) {
-    sums->s1[j] = _mm256_mask_add_pd(sums->s1[j], lanes, sums->s1[j], value1);
-    sums->s2[j] = _mm256_mask_add_pd(sums->s2[j], lanes, sums->s2[j], value2);
+/* How many values a run has from i + 4 * j on, at most a vector. */
+static inline ptrdiff_t lanes_left(ptrdiff_t length, ptrdiff_t i, int j) {
+    ptrdiff_t n = length - i - 4 * j;
+    return n < 4 ? n : 4;
 }
+
+/* The first n lanes of a vector, loaded and added: a run's last values. */
+#if VECTOR_BYTES == 64
+static inline __m256d load_lanes(const float *x, ptrdiff_t n) {
+    return _mm256_cvtps_pd(_mm_maskz_loadu_ps((1 << n) - 1, x));
+}
+
+static inline __m256d add_lanes(__m256d sum, __m256d values, ptrdiff_t n) {
+    return _mm256_mask_add_pd(sum, (1 << n) - 1, sum, values);
+}
+#else
+static inline __m128i first_lanes(ptrdiff_t n) { return _mm_cmpgt_epi32(_mm_set1_epi32((int)n), _mm_setr_epi32(0, 1, 2, 3)); }
+
+static inline __m256d load_lanes(const float *x, ptrdiff_t n) { return _mm256_cvtps_pd(_mm_maskload_ps(x, first_lanes(n))); }
+
+static inline __m256d add_lanes(__m256d sum, __m256d values, ptrdiff_t n) {
+    __m256d lanes = _mm256_castsi256_pd(_mm256_cvtepi32_epi64(first_lanes(n)));
+    return _mm256_blendv_pd(sum, _mm256_add_pd(sum, values), lanes);
+}
+#endif
 
 /* n_rows rows of a run from x[i] on; where the next one begins. */
 ALWAYS_INLINE ptrdiff_t add_run_rows(struct run_sums *sums, const float *x, ptrdiff_t i, int n_rows) {
@@ -150,7 +173,7 @@ ALWAYS_INLINE ptrdiff_t grad_add_run_rows(struct run_sums *sums, const float *dy
     return i + n_rows * STRIP_COLUMNS;
 }
 
-static inline void sums_half(
+static inline void sums_part(
     const float *x, ptrdiff_t stride, ptrdiff_t n_rows, struct coming next, const double *pivot, double *s1, double *s2
 ) {
     const __m256d one = _mm256_set1_pd(hidden_one());
@@ -159,15 +182,24 @@ static inline void sums_half(
         center[j] = _mm256_loadu_pd(pivot + 4 * j);
         strip1[j] = strip2[j] = _mm256_setzero_pd();
     }
-    for (ptrdiff_t r = 0; r < n_rows; r++) {
-        fetch(next, r);
-        add_row(x + r * stride, VECTORS, one, center, strip1, strip2);
+    ptrdiff_t r = 0;
+    for (; r + PARTS <= n_rows; r += PARTS) {
+        FOR_PARTS(i) {
+            fetch(next, i);
+            add_row(x + i * stride, VECTORS, one, center, strip1, strip2);
+        }
+        next.first += next.turn;
+        x += PARTS * stride;
+    }
+    for (; r < n_rows; r++) {
+        add_row(x, VECTORS, one, center, strip1, strip2);
+        x += stride;
     }
     add_strips(s1, s2, VECTORS, one, strip1, strip2);
 }
 
 /* This one goes on from strip1 and strip2. */
-static inline void grad_sums_half(
+static inline void grad_sums_part(
     const float *dy, ptrdiff_t dy_stride, struct coming dy_next, const float *x, ptrdiff_t x_stride, struct coming x_next,
     ptrdiff_t n_rows, const double *mean, double *strip1, double *strip2
 ) {
@@ -178,10 +210,22 @@ static inline void grad_sums_half(
         sum_dy[j] = _mm256_loadu_pd(strip1 + 4 * j);
         sum_dy_xc[j] = _mm256_loadu_pd(strip2 + 4 * j);
     }
-    for (ptrdiff_t r = 0; r < n_rows; r++) {
-        fetch(dy_next, r);
-        fetch(x_next, r);
-        grad_add_row(dy + r * dy_stride, x + r * x_stride, VECTORS, one, center, sum_dy, sum_dy_xc);
+    ptrdiff_t r = 0;
+    for (; r + PARTS <= n_rows; r += PARTS) {
+        FOR_PARTS(i) {
+            fetch(dy_next, i);
+            fetch(x_next, i);
+            grad_add_row(dy + i * dy_stride, x + i * x_stride, VECTORS, one, center, sum_dy, sum_dy_xc);
+        }
+        dy_next.first += dy_next.turn;
+        x_next.first += x_next.turn;
+        dy += PARTS * dy_stride;
+        x += PARTS * x_stride;
+    }
+    for (; r < n_rows; r++) {
+        grad_add_row(dy, x, VECTORS, one, center, sum_dy, sum_dy_xc);
+        dy += dy_stride;
+        x += x_stride;
     }
     FOR_VECTORS(j, VECTORS) {
         _mm256_storeu_pd(strip1 + 4 * j, sum_dy[j]);
@@ -191,10 +235,10 @@ static inline void grad_sums_half(
 #endif
 
 /* As sums_strip, of STRIP columns. */
-ALWAYS_INLINE void sums_strip_halves(
+ALWAYS_INLINE void sums_strip_quads(
     const float *x, ptrdiff_t stride, ptrdiff_t n_rows, const double *pivot, double *s1, double *s2
 ) {
-#if defined(__AVX512F__)
+#if VECTOR_BYTES >= 32
     const __m256d one = _mm256_set1_pd(hidden_one());
     __m256d center[STRIP_VECTORS], strip1[STRIP_VECTORS], strip2[STRIP_VECTORS];
     FOR_VECTORS(j, STRIP_VECTORS) {
@@ -211,11 +255,11 @@ ALWAYS_INLINE void sums_strip_halves(
 }
 
 /* As grad_sums_strip, of STRIP columns, without a ReLU. */
-ALWAYS_INLINE void grad_sums_strip_halves(
+ALWAYS_INLINE void grad_sums_strip_quads(
     const float *dy, ptrdiff_t dy_stride, const float *x, ptrdiff_t x_stride, ptrdiff_t n_rows,
     const double *mean, double *s1, double *s2
 ) {
-#if defined(__AVX512F__)
+#if VECTOR_BYTES >= 32
     const __m256d one = _mm256_set1_pd(hidden_one());
     __m256d center[STRIP_VECTORS], sum_dy[STRIP_VECTORS], sum_dy_xc[STRIP_VECTORS];
     FOR_VECTORS(j, STRIP_VECTORS) {
@@ -232,8 +276,8 @@ ALWAYS_INLINE void grad_sums_strip_halves(
 }
 
 /* As sums_lanes: rows of STRIP lanes by eight, four, two, one, and what is left of the run. */
-static inline void sums_run_halves(const float *x, ptrdiff_t length, const double *pivot, double *s1, double *s2) {
-#if defined(__AVX512F__)
+static inline void sums_run_quads(const float *x, ptrdiff_t length, const double *pivot, double *s1, double *s2) {
+#if VECTOR_BYTES >= 32
     struct run_sums sums = load_run_sums(pivot, s1, s2);
     ptrdiff_t i = 0, n_rows = length / STRIP_COLUMNS;
     for (; n_rows >= 8; n_rows -= 8)
@@ -246,9 +290,10 @@ static inline void sums_run_halves(const float *x, ptrdiff_t length, const doubl
         i = add_run_rows(&sums, x, i, 1);
     FOR_VECTORS(j, STRIP_VECTORS)
         if (i + 4 * j < length) {
-            __mmask8 lanes = lanes_of(length - i - 4 * j);
-            __m256d d = _mm256_sub_pd(load_lanes(lanes, x + i + 4 * j), sums.center[j]);
-            add_lanes(&sums, j, lanes, d, _mm256_mul_pd(d, d));
+            ptrdiff_t n = lanes_left(length, i, j);
+            __m256d d = _mm256_sub_pd(load_lanes(x + i + 4 * j, n), sums.center[j]);
+            sums.s1[j] = add_lanes(sums.s1[j], d, n);
+            sums.s2[j] = add_lanes(sums.s2[j], _mm256_mul_pd(d, d), n);
         }
     store_run_sums(&sums, s1, s2);
 #else
@@ -257,10 +302,10 @@ static inline void sums_run_halves(const float *x, ptrdiff_t length, const doubl
 }
 
 /* As grad_sums_lanes, without a ReLU. */
-static inline void grad_sums_run_halves(
+static inline void grad_sums_run_quads(
     const float *dy, const float *x, ptrdiff_t length, const double *mean, double *s1, double *s2
 ) {
-#if defined(__AVX512F__)
+#if VECTOR_BYTES >= 32
     struct run_sums sums = load_run_sums(mean, s1, s2);
     ptrdiff_t i = 0, n_rows = length / STRIP_COLUMNS;
     for (; n_rows >= 8; n_rows -= 8)
@@ -273,10 +318,11 @@ static inline void grad_sums_run_halves(
         i = grad_add_run_rows(&sums, dy, x, i, 1);
     FOR_VECTORS(j, STRIP_VECTORS)
         if (i + 4 * j < length) {
-            __mmask8 lanes = lanes_of(length - i - 4 * j);
-            __m256d dy_j = load_lanes(lanes, dy + i + 4 * j);
-            __m256d d = _mm256_sub_pd(load_lanes(lanes, x + i + 4 * j), sums.center[j]);
-            add_lanes(&sums, j, lanes, dy_j, _mm256_mul_pd(dy_j, d));
+            ptrdiff_t n = lanes_left(length, i, j);
+            __m256d dy_j = load_lanes(dy + i + 4 * j, n);
+            __m256d d = _mm256_sub_pd(load_lanes(x + i + 4 * j, n), sums.center[j]);
+            sums.s1[j] = add_lanes(sums.s1[j], dy_j, n);
+            sums.s2[j] = add_lanes(sums.s2[j], _mm256_mul_pd(dy_j, d), n);
         }
     store_run_sums(&sums, s1, s2);
 #else
@@ -285,13 +331,13 @@ static inline void grad_sums_run_halves(
 }
 
 /* As sums_strip, of HELD columns and up to HELD_ROWS rows. */
-static inline void sums_held_halves(
+static inline void sums_held_quads(
     const float *x, ptrdiff_t stride, ptrdiff_t n_rows, const double *pivot, double *s1, double *s2
 ) {
-#if defined(__AVX512F__)
-    for (ptrdiff_t half = 0; half < 2; half++) {
-        ptrdiff_t j = half * HALF;
-        sums_half(x + j, stride, n_rows, coming(x, stride, n_rows, MOMENTS_ROWS, half), pivot + j, s1 + j, s2 + j);
+#if VECTOR_BYTES >= 32
+    for (ptrdiff_t part = 0; part < PARTS; part++) {
+        ptrdiff_t j = part * PART;
+        sums_part(x + j, stride, n_rows, coming(x, stride, n_rows, MOMENTS_ROWS, part), pivot + j, s1 + j, s2 + j);
     }
 #else
     (void)x, (void)stride, (void)n_rows, (void)pivot, (void)s1, (void)s2;
@@ -299,24 +345,24 @@ static inline void sums_held_halves(
 }
 
 /* As grad_sums_strip, of so many, without a ReLU. */
-static inline void grad_sums_held_halves(
+static inline void grad_sums_held_quads(
     const float *dy, ptrdiff_t dy_stride, const float *x, ptrdiff_t x_stride, ptrdiff_t n_rows,
     const double *mean, double *s1, double *s2
 ) {
-#if defined(__AVX512F__)
-    double strip1[2 * HALF] = {0}, strip2[2 * HALF] = {0};
+#if VECTOR_BYTES >= 32
+    double strip1[HELD_COLUMNS] = {0}, strip2[HELD_COLUMNS] = {0};
     for (ptrdiff_t r = 0; r < n_rows; r += GRAD_ROWS_EACH) {
         ptrdiff_t n = n_rows - r < GRAD_ROWS_EACH ? n_rows - r : GRAD_ROWS_EACH;
-        for (ptrdiff_t half = 0; half < 2; half++) {
-            ptrdiff_t j = half * HALF;
-            grad_sums_half(dy + j, dy_stride, coming(dy, dy_stride, n, GRAD_ROWS_EACH, half),
-                           x + j, x_stride, coming(x, x_stride, n, GRAD_ROWS_EACH, half),
+        for (ptrdiff_t part = 0; part < PARTS; part++) {
+            ptrdiff_t j = part * PART;
+            grad_sums_part(dy + j, dy_stride, coming(dy, dy_stride, n, GRAD_ROWS_EACH, part),
+                           x + j, x_stride, coming(x, x_stride, n, GRAD_ROWS_EACH, part),
                            n, mean + j, strip1 + j, strip2 + j);
         }
         dy += GRAD_ROWS_EACH * dy_stride;
         x += GRAD_ROWS_EACH * x_stride;
     }
-    for (int j = 0; j < 2 * HALF; j++) {
+    for (int j = 0; j < HELD_COLUMNS; j++) {
         s1[j] += strip1[j];
         s2[j] += strip2[j];
     }
