@@ -58,12 +58,13 @@ cdef enum:
     STRIP = 16            # columns a step: a constant, so that the compiler unrolls and vectorises the strip
     TILE = 512            # columns whose accumulators a task keeps on its stack (12 KiB of L1)
     HELD = 64             # narrow rows that make up so many columns are summed with the accumulators in registers,
-    # AVX-512's 32 (16384x64: moments 0.9 of the time, sums of the backward 0.83; float64 both 0.65) ...
+    # AVX-512's 32 (16384x64: moments 0.9 of the time, sums of the backward 0.83; float64 both 0.65), or, of floats, by
+    # AVX2 a STRIP after the other (Zen 3, 16384x64: 0.77 and 0.77, every other row of 500000x64 0.8 and 0.6) ...
     HELD_ROWS = 64        # ... for so many wide rows, as many as the buffers for rows apart hold
     HELD_BYTES = 2048     # and so are, so many columns at a time, near rows of a multiple of HELD columns and up to so
     # many bytes (512x256: moments 0.95 of the time, 500x192 0.9, sums of its backward 0.85; longer ones up to 1.3)
     LANES = STRIP         # accumulators a channel where the inner axis is swept: one strip
-    QUADS_INNER = 24 * LANES  # of shorter runs, the moments are not summed by halves (14x14 in L3: 1.01 to 1.05 times
+    QUADS_INNER = 24 * LANES  # of shorter runs, the moments are not summed by quads (14x14 in L3: 1.01 to 1.05 times
     # the time, 8x8 1.1 to 1.17; in L2 0.95 to 1)
     SHORT_INNER = 64      # inner axes shorter than this are swept as columns (64x512x7x7: moments half the time,
     # forward and backward 0.7), of few rows only those half as short (2x512x7x7: 1.5 times the time)
@@ -122,7 +123,7 @@ cdef enum:                 # what the sums fetch ahead, a literal wherever it is
     NOTHING
     NEAR                   # what is in a cache, into L1
     FAR                    # what is not, into L2
-    QUADS                 # as NEAR, but of a channel's run nothing; and they add in vectors of AVX2: see quads.h
+    QUADS                  # as NEAR, but of a channel's run nothing; and they add in vectors of AVX2: see quads.h
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,11 +348,11 @@ cdef inline void prefetch_strip(const floating* x, bint far) noexcept nogil:
 
 
 cdef inline int near_or_quads(const Plan* plan, Py_ssize_t itemsize) noexcept nogil:
-    """How the sums read what is in a cache. Zen 4, AVX-512, two threads, float32 by quads (HELD columns: see
-    held_by_quads): moments of 512x512 and 500x77 0.88 of the time, 4096x256 0.92, 8x64x56x56 0.86; sums of the backward of
+    """How the sums read what is in a cache, float32 by quads (HELD columns: see held_by_quads). Zen 4, AVX-512, two
+    threads: moments of 512x512 and 500x77 0.88 of the time, 4096x256 0.92, 8x64x56x56 0.86; sums of the backward of
     256x512 0.85 to 0.9, 500x77 0.82, 4096x256 0.93, 32x256x14x14 0.9 to 0.94, 8x64x56x56 0.73. Zen 3, AVX2: moments of
-    8x64x56x56 0.8 to 0.9, sums of the backward 0.77, 32x256x14x14 0.88. There the strips of wide rows took 1.02 to 1.05
-    times as long; and fetching, which the processor does itself, 1.05 to 1.15, so of those nothing is fetched."""
+    8x64x56x56 0.8 to 0.9, sums of the backward 0.77, of 32x256x14x14 0.88; but wide rows 1.02 to 1.05. Those are not
+    fetched there: it took moments 1.05 to 1.15 times as long, the sums of the backward 1.05."""
     if is_avx2_float(itemsize):
         return QUADS if plan.by_inner else NOTHING if is_zen3_or_4() else NEAR
     return QUADS if VECTOR_BYTES == LINE and itemsize == sizeof(float) and is_zen3_or_4() else NEAR
@@ -551,9 +552,10 @@ cdef inline void sums_rows_as(
 
 
 cdef inline bint held_by_quads(int fetch, Py_ssize_t stride, Py_ssize_t width) noexcept nogil:
-    """Whether by halves where HELD columns are taken at a time, too. Zen 4, two threads, moments: 16384x64, 62500x64
-    0.77 of the time, 2048x32 0.75, 256x512 0.82, 512x256 0.83; sums of the backward: 16384x64 0.87, 2048x32 0.77. Where
-    rows of HELD columns lie apart, it took up to 1.35 times as long, in no cache 1.3, in the backward 1.5."""
+    """Whether by quads where HELD columns are taken at a time, too, as AVX2 always does. Zen 4, AVX-512, two threads,
+    moments: 16384x64, 62500x64 0.77 of the time, 2048x32 0.75, 256x512 0.82, 512x256 0.83; sums of the backward:
+    16384x64 0.87, 2048x32 0.77. Where rows of HELD columns lie apart, it took up to 1.35 times as long, in no cache
+    1.3, in the backward 1.5."""
     return VECTOR_BYTES < LINE or (fetch == QUADS and (stride == HELD or width > HELD))
 
 
@@ -612,7 +614,7 @@ cdef void sums_lanes(
 ) noexcept nogil:
     """The same as rows of LANES: by a literal, runs of 196 take half the time; a call for the rest takes a quarter."""
     cdef Py_ssize_t n_rows = length // LANES
-    # By strips in halves, 8x64x56x56 and 16x128x28x28 took 1.03 to 1.09 times as long.
+    # By strips in quads, 8x64x56x56 and 16x128x28x28 took 1.03 to 1.09 times as long.
     if floating is float and fetch == QUADS:
         sums_run_quads(<const float*>x, length, pivot, s1, s2)
         return
@@ -870,7 +872,8 @@ cdef inline void normalize_strip(
 ) noexcept nogil:
     """The mean in two floats: what the data's dtype holds is the center, the rest goes into the offset."""
     # In arrays of their own the results cannot be the inputs for all the compiler knows. In loops through all channels,
-    # one for each result, 4096 of them took 1.6 times as long (32x4096: inference 1.1).
+    # one for each result, 4096 of them took 1.6 times as long (32x4096: inference 1.1). Loops store them from
+    # registers; memcpy goes by way of the stack (Zen 3, AVX2: 4096 channels 1.2 times the time, 32x4096 inference 1.07).
     cdef double total[STRIP]
     cdef double low[STRIP]
     cdef double var[STRIP]
@@ -1064,7 +1067,7 @@ cdef inline bint holds_coefs(const Plan* plan, Py_ssize_t width, Py_ssize_t item
     coefficients in registers, which only floats leave room for. Measured on a Zen 4 alone, two threads, times that of
     pairs: 16384x64 and 32000x32 affine 0.92 to 0.95, forward 0.98, grad_affine 0.77 to 0.88, backward 0.87 to 0.95;
     2048x64 0.96 to 1, 0.97 to 1, 0.83 to 0.95, 0.91 to 0.97."""
-    return VECTOR_BYTES == LINE and itemsize == 4 and plan.held and HELD % width == 0 and is_zen3_or_4()
+    return itemsize == 4 and VECTOR_BYTES == LINE and plan.held and HELD % width == 0 and is_zen3_or_4()
 
 
 cdef inline Py_ssize_t count_held(const floating* y, Py_ssize_t length) noexcept nogil:
@@ -1081,10 +1084,11 @@ cdef inline Py_ssize_t next_column(Py_ssize_t j, Py_ssize_t n_columns, Py_ssize_
 
 
 cdef inline bint fetches_ahead(bint near, bint stream) noexcept nogil:
-    """Whether the elementwise passes do, strip by strip. A Zen 4 itself finds what lies in its caches: there
+    """Whether the elementwise passes do, strip by strip. A Zen 3 or 4 itself finds what lies in its caches. Zen 4:
     forward and backward of 512x1024 took 0.97 and 0.83 of the time, of 1300x1000 0.97 and 0.9, of 32x256x14x14 0.99 and
-    0.97, of float64 8192x64 0.84 and 0.75, by AVX2 0.58 to 1. Pairs of rows of affine fetch all the same: 0.94
-    to 0.98 of the time."""
+    0.97, of float64 8192x64 0.84 and 0.75, by AVX2 0.58 to 1. Zen 3: affine of 16384x64 0.95, its gradients 0.91, of
+    512x512 float64 0.87 and 0.64, of 1000x1000 0.89 and 0.8; of 2000x1000, too many for its L3, affine up to 1.15. Pairs
+    of rows of affine fetch all the same: 0.94 to 0.98 of the time."""
     return stream or not (near or is_zen3_or_4())
 
 
@@ -1574,7 +1578,7 @@ cdef inline void grad_sums_group(
         prefetch_rows(x, x_stride, n_rows, width, j, x_ahead, fetch)
         if floating is float and fetch == QUADS:
             grad_sums_strip_quads(<const float*>hidden(dy + j), dy_stride, <const float*>hidden(x + j), x_stride,
-                                   n_rows, mean + j, s1 + j, s2 + j)
+                                  n_rows, mean + j, s1 + j, s2 + j)
         else:
             grad_sums_strip(<const floating*>hidden(dy + j), dy_stride, <const floating*>hidden(x + j), x_stride,
                             n_rows, STRIP, NOTHING, mean + j, coefs + j, relu, s1 + j, s2 + j)
@@ -1653,7 +1657,7 @@ cdef inline void grad_sums_held_as(
     Py_ssize_t n_rows, Py_ssize_t width, int fetch,
     const double* mean, const floating* coefs, bint relu, double* s1, double* s2,
 ) noexcept nogil:
-    # AVX2's registers hold a strip, with a ReLU of a few rows (of 64, 1000000x64 took 2.3 times as long).
+    # With a ReLU, AVX2's registers hold a strip, and of 64 rows of it 1000000x64 took 2.3 times as long.
     cdef Py_ssize_t n_columns = HELD if VECTOR_BYTES == LINE else STRIP
     cdef Py_ssize_t step = HELD_ROWS if VECTOR_BYTES == LINE or fetch == QUADS else ROWS
     cdef Py_ssize_t i, k, r, n, j = 0
@@ -1663,7 +1667,7 @@ cdef inline void grad_sums_held_as(
             n = min(step, n_rows - r)
             if floating is float and fetch == QUADS:
                 grad_sums_held_quads(<const float*>dy + r * dy_stride + j, dy_stride,
-                                      <const float*>x + r * x_stride + j, x_stride, n, mean + j, s1 + j, s2 + j)
+                                     <const float*>x + r * x_stride + j, x_stride, n, mean + j, s1 + j, s2 + j)
             else:
                 for i in range(HELD // n_columns):
                     k = j + i * n_columns
@@ -1738,7 +1742,7 @@ cdef inline void grad_sums_lanes(
 ) noexcept nogil:
     """The same as rows of LANES."""
     cdef Py_ssize_t n_rows = length // LANES, done = n_rows * LANES
-    # By strips in halves, 9x9 to 14x14 took 1.1 to 1.25 times as long, 7x7 1.25, 28x28 and 56x56 as long, 8x8 0.9.
+    # By strips in quads, 9x9 to 14x14 took 1.1 to 1.25 times as long, 7x7 1.25, 28x28 and 56x56 as long, 8x8 0.9.
     if floating is float and fetch == QUADS and not relu:
         grad_sums_run_quads(<const float*>dy, <const float*>x, length, mean, s1, s2)
         return

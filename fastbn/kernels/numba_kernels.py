@@ -268,7 +268,8 @@ def what_to_fetch(
     plan, itemsize, n_arrays,
     in_line,    # IN   whether rows lie one behind the other
 ):
-    """Of the arrays that the sums read. A Zen 4 itself finds what is read in one sweep, of float32 only vast ones."""
+    """Of the arrays that the sums read. A Zen 3 or 4 itself finds what is read in one sweep, of float32
+    only vast ones."""
     n_bytes = n_arrays * itemsize * plan.outer * plan.channels * plan.inner
     far = n_bytes >= FAR_BYTES
     sweep = in_line and (plan.held or not far)
@@ -521,7 +522,7 @@ def merge_moments(n_a, mean, rest, m2, n_b, mean_b, rest_b, m2_b, channels):
         m2[c] += m2_b[c] + delta * delta * cross
 
 
-@helper
+@inline
 def put_moments(
     n, pivot, s1, s2, channels,
     mean,    # OUT
