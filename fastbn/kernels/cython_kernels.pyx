@@ -873,7 +873,7 @@ cdef inline void normalize_strip(
     """The mean in two floats: what the data's dtype holds is the center, the rest goes into the offset."""
     # In arrays of their own the results cannot be the inputs for all the compiler knows. In loops through all channels,
     # one for each result, 4096 of them took 1.6 times as long (32x4096: inference 1.1). Loops store them from
-    # registers; memcpy goes by way of the stack (Zen 3, AVX2: 4096 channels 1.2 times the time, 32x4096 inference 1.07).
+    # registers; memcpy goes by way of the stack (Zen 3, AVX2: 4096 channels 1.2 times the time, their inference 1.07).
     cdef double total[STRIP]
     cdef double low[STRIP]
     cdef double var[STRIP]
@@ -1087,8 +1087,8 @@ cdef inline bint fetches_ahead(bint near, bint stream) noexcept nogil:
     """Whether the elementwise passes do, strip by strip. A Zen 3 or 4 itself finds what lies in its caches. Zen 4:
     forward and backward of 512x1024 took 0.97 and 0.83 of the time, of 1300x1000 0.97 and 0.9, of 32x256x14x14 0.99 and
     0.97, of float64 8192x64 0.84 and 0.75, by AVX2 0.58 to 1. Zen 3: affine of 16384x64 0.95, its gradients 0.91, of
-    512x512 float64 0.87 and 0.64, of 1000x1000 0.89 and 0.8; of 2000x1000, too many for its L3, affine up to 1.15. Pairs
-    of rows of affine fetch all the same: 0.94 to 0.98 of the time."""
+    512x512 float64 0.87 and 0.64, of 1000x1000 0.89 and 0.8; but affine of 2000x1000 up to 1.15. Pairs of rows of affine
+    fetch all the same: 0.94 to 0.98 of the time."""
     return stream or not (near or is_zen3_or_4())
 
 
