@@ -1087,8 +1087,8 @@ cdef inline bint fetches_ahead(bint near, bint stream) noexcept nogil:
     """Whether the elementwise passes do, strip by strip. A Zen 3 or 4 itself finds what lies in its caches. Zen 4:
     forward and backward of 512x1024 took 0.97 and 0.83 of the time, of 1300x1000 0.97 and 0.9, of 32x256x14x14 0.99 and
     0.97, of float64 8192x64 0.84 and 0.75, by AVX2 0.58 to 1. Zen 3: affine of 16384x64 0.95, its gradients 0.91, of
-    512x512 float64 0.87 and 0.64, of 1000x1000 0.89 and 0.8; but affine of 2000x1000 up to 1.15. Pairs of rows of affine
-    fetch all the same: 0.94 to 0.98 of the time."""
+    512x512 float64 0.87 and 0.64, of 1000x1000 0.89 and 0.8; but affine of 2000x1000 up to 1.15. Pairs of rows of
+    affine fetch all the same: 0.94 to 0.98 of the time."""
     return stream or not (near or is_zen3_or_4())
 
 
