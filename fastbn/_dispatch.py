@@ -90,7 +90,8 @@ def _cython_module() -> str:
 
 
 def instruction_set() -> dict[str, Any]:
-    """The instruction sets compiled, the widest that this processor has, and the one chosen (FASTBN_ISA= lowers it)."""
+    """The instruction sets compiled, the widest that this processor has, those that are both, and the one chosen
+    (FASTBN_ISA= lowers it)."""
     folder = Path(__file__).parent / "kernels"
     compiled = [name for name in INSTRUCTION_SETS if any(folder.glob(f"_cython_{name}.*.so"))
                 or any(folder.glob(f"_cython_{name}.*.pyd"))]
@@ -99,7 +100,8 @@ def instruction_set() -> dict[str, Any]:
     forced = os.environ.get("FASTBN_ISA")
     if forced and forced not in usable:
         raise BadSetting(f"FASTBN_ISA must be one of {tuple(usable)} on this machine, got {forced!r}")
-    return {"compiled": compiled, "found": found[-1], "chosen": forced or usable[-1], "forced": bool(forced)}
+    return {"compiled": compiled, "found": found[-1], "usable": usable, "chosen": forced or usable[-1],
+            "forced": bool(forced)}
 
 
 def available_backends() -> tuple[str, ...]:

@@ -268,8 +268,7 @@ def what_to_fetch(
     plan, itemsize, n_arrays,
     in_line,    # IN   whether rows lie one behind the other
 ):
-    """Of the arrays that the sums read. A Zen 3 or 4 itself finds what is read in one sweep, of float32
-    only vast ones."""
+    """Of the arrays that the sums read. A Zen 3 or 4 itself finds what is read in one sweep, of float32 vast ones."""
     n_bytes = n_arrays * itemsize * plan.outer * plan.channels * plan.inner
     far = n_bytes >= FAR_BYTES
     sweep = in_line and (plan.held or not far)

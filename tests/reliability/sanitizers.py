@@ -5,7 +5,6 @@ overflow, loads from unaligned addresses. One finding ends the process, so that 
 import subprocess
 
 import fastbn
-from fastbn import _dispatch
 from reliability import builds
 
 # the first two for every set
@@ -15,13 +14,11 @@ TESTS = ["kernels", "repeatability", "contract", "fuzz", "inputs", "memory", "mo
 def run(tally, scale):
     target = builds.install("sanitize", FASTBN_SANITIZE="address,undefined")
     found = fastbn.show_config(as_dict=True)["instruction_set"]
-    order = _dispatch.INSTRUCTION_SETS
-    usable = [name for name in found["compiled"] if order.index(name) <= order.index(found["found"])]
-    for done, name in enumerate(usable):
+    for done, name in enumerate(found["usable"]):
         files = TESTS if name == found["chosen"] else TESTS[:2]
         words = ["-k", "not numba and not numpy", *(f"tests/test_{file}.py" for file in files)]
         builds.pytest(tally, f"tests, {name}", target, words, FASTBN_ISA=name, **environment(name))
-        tally.progress((done + 1) / len(usable))
+        tally.progress((done + 1) / len(found["usable"]))
 
 
 def environment(name):
