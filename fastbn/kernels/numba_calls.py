@@ -141,7 +141,7 @@ def streams(out, n_arrays, in_place):
 @helper
 def plan_of(x, n_inputs):
     outer, channels, inner = x.shape
-    return make_plan(outer, channels, inner, n_inputs * x.itemsize)
+    return make_plan(outer, channels, inner, x.itemsize, n_inputs)
 
 
 # The stages, with their jobs, which lie on the driver's stack.

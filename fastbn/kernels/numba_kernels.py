@@ -14,15 +14,16 @@ import numpy as np
 
 from fastbn.kernels.numba_machine import (
     ALIAS_BYTES,
-    DOUBLES,
     LINE,
     LOADS_TWO,
+    VECTOR_BYTES,
     ZEN3_OR_4,
     ZEN4,
     address,
     at,
     cleared,
     helper,
+    hidden_ones,
     inline,
     is_off,
     load,
@@ -39,6 +40,7 @@ from fastbn.kernels.numba_machine import (
     store,
     store_past,
     stream_end,
+    zeros,
 )
 
 ROWS = 8               # wide rows a step: accumulators are loaded and stored once for eight rows
@@ -48,6 +50,8 @@ STRIP = 16             # columns a step: a literal, the size of the strip's vect
 TILE = 512             # columns whose accumulators a task keeps on its stack (12 KiB of L1)
 HELD = 64              # narrow rows that make up so many columns are summed with the accumulators in registers,
 HELD_ROWS = 64         # for so many wide rows, as many as the buffers for rows apart hold
+PARTS = HELD // STRIP  # in which AVX2 sums them, one after the other: its registers hold a strip's accumulators,
+GRAD_ROWS_EACH = 16    # and of two arrays, its first cache so many rows
 HELD_BYTES = 2048      # and so are, HELD columns at a time, near rows of a multiple of HELD and up to so many bytes
 LANES = STRIP          # accumulators a channel where the inner axis is swept: one strip
 SHORT_INNER = 64       # inner axes shorter than this are swept as columns,
@@ -142,11 +146,18 @@ def ceil_div(a, b):
 
 
 @helper
+def is_avx2_float(itemsize):
+    """Whether the sums are of floats, in vectors of AVX2, of which 16 registers hold STRIP columns."""
+    return VECTOR_BYTES == LINE // 2 and itemsize == 4
+
+
+@helper
 def make_plan(
     outer, channels, inner,
-    itemsize,   # IN   bytes of an element of all that the sums read
+    itemsize,   # IN   bytes of an element
+    n_arrays,   # IN   that the sums read
 ):
-    width = channels * inner
+    width, n_bytes = channels * inner, n_arrays * itemsize
     by_inner = inner >= (SHORT_INNER // 2 if outer < FEW_ROWS else SHORT_INNER)
     repeat = LANES if by_inner else inner
     tile = INNER_TILE if by_inner else TILE // repeat
@@ -168,10 +179,11 @@ def make_plan(
         block_outer = fold * BLOCK_ROWS
     sums_fold = fold
     held = False
-    if DOUBLES * 8 == LINE and not by_inner and fold * width >= HELD:  # shorter vectors have fewer registers
+    if (VECTOR_BYTES == LINE or is_avx2_float(itemsize)) and not by_inner and fold * width >= HELD:
         if HELD % width == 0:
             sums_fold, held = HELD // width, True
-        elif width % HELD == 0 and width * itemsize <= HELD_BYTES and outer * width * itemsize < NEAR_BYTES:
+        elif (VECTOR_BYTES == LINE and width % HELD == 0 and width * n_bytes <= HELD_BYTES
+              and outer * width * n_bytes < NEAR_BYTES):
             sums_fold, held = 1, True
     n_segments = ceil_div(inner, block_inner)
     n_blocks = ceil_div(outer, block_outer) * n_segments
@@ -264,6 +276,12 @@ def prefetch_strip(x, far):
 
 
 @helper
+def near_or_nothing(plan, itemsize):
+    """How the sums read what is in a cache."""
+    return NOTHING if is_avx2_float(itemsize) and ZEN3_OR_4 and not plan.by_inner else NEAR
+
+
+@helper
 def what_to_fetch(
     plan, itemsize, n_arrays,
     in_line,    # IN   whether rows lie one behind the other
@@ -276,18 +294,28 @@ def what_to_fetch(
         sweep = plan.inner * itemsize >= (RUN_BYTES if n_arrays == 2 or itemsize == 8 else 8 * RUN_BYTES)
     if sweep and ZEN3_OR_4 and (itemsize == 8 or n_bytes >= VAST_BYTES):
         return NOTHING
-    if plan.held and not in_line and ZEN4 and itemsize == 4 and 2 * n_bytes >= FAR_BYTES:
+    if plan.held and not in_line and ZEN3_OR_4 and itemsize == 4 and 2 * n_bytes >= FAR_BYTES:
         return NOTHING
-    return FAR if far else NEAR
+    if is_avx2_float(itemsize) and not far and 2 * n_bytes >= FAR_BYTES:  # another's data may have driven it out
+        return NEAR
+    return FAR if far else near_or_nothing(plan, itemsize)
 
 
 @inline
-def prefetch_row(x, stride, fetch):
-    """A row of HELD columns further on, into L1, and of far ones into L2 too, from as far as of wide rows."""
-    for j in range(0, HELD if fetch != NOTHING else 0, STRIP):
+def prefetch_row(x, stride, n_columns, fetch):
+    """Of rows of HELD columns: these columns of rows further on, into L1, and of far ones into L2 too, from as far as
+    of wide rows."""
+    for j in range(0, n_columns if fetch != NOTHING else 0, STRIP):
         prefetch_strip(at(x, AHEAD // HELD * stride + j), False)
         if fetch == FAR:
             prefetch_strip(at(x, ROWS_AHEAD * TILE // HELD * stride + j), True)
+
+
+@inline
+def part_following(x, stride, n_rows, block, part):
+    """What to fetch while a part of HELD columns is summed: its share of a block of rows, so far ahead that the first
+    part of the next block finds all of its rows."""
+    return at(x, (block - block // PARTS + part * n_rows // PARTS) * stride)
 
 
 @inline
@@ -342,12 +370,45 @@ def sums_strip(
     a = d
     b = d * d
     for r in range(1, n_rows):
-        prefetch_row(at(x, r * stride), stride, fetch)
+        prefetch_row(at(x, r * stride), stride, n_columns, fetch)
         d = load_wide(at(x, r * stride), n_columns) - load(pivot, n_columns)
         a = a + d
         b = muladd(d, d, b)
     store(s1, load(s1, n_columns) + a)
     store(s2, load(s2, n_columns) + b)
+
+
+@inline
+def sums_part(
+    x, stride, n_rows,
+    following,  # what to fetch
+    pivot, s1, s2,
+):
+    ones = hidden_ones(STRIP)
+    a = b = zeros(STRIP)
+    done = n_rows // PARTS * PARTS
+    for r in range(0, done, PARTS):
+        for i in range(PARTS):
+            prefetch(at(following, i * STRIP))
+            d = load_wide(at(x, (r + i) * stride), STRIP) - load(pivot, STRIP)
+            a = muladd(d, ones, a)
+            b = muladd(d, d, b)
+        following = at(following, stride)
+    for r in range(done, n_rows):
+        d = load_wide(at(x, r * stride), STRIP) - load(pivot, STRIP)
+        a = muladd(d, ones, a)
+        b = muladd(d, d, b)
+    store(s1, load(s1, STRIP) + a)
+    store(s2, load(s2, STRIP) + b)
+
+
+@inline
+def sums_parts(x, stride, n_rows, pivot, s1, s2):
+    """HELD columns by AVX2."""
+    for part in range(PARTS):
+        j = part * STRIP
+        sums_part(at(x, j), stride, n_rows, part_following(x, stride, n_rows, HELD_ROWS, part),
+                  at(pivot, j), at(s1, j), at(s2, j))
 
 
 @inline
@@ -409,8 +470,11 @@ def sums_rows_as(x, stride, n_rows, width, ahead, fetch, pivot, s1, s2):
 def sums_held(x, stride, n_rows, width, fetch, pivot, s1, s2):
     for j in range(0, width, HELD):
         for r in range(0, n_rows, HELD_ROWS):
-            sums_strip(at(x, r * stride + j), stride, min(HELD_ROWS, n_rows - r), HELD, fetch,
-                       at(pivot, j), at(s1, j), at(s2, j))
+            n = min(HELD_ROWS, n_rows - r)
+            if VECTOR_BYTES == LINE:
+                sums_strip(at(x, r * stride + j), stride, n, HELD, fetch, at(pivot, j), at(s1, j), at(s2, j))
+            else:
+                sums_parts(at(x, r * stride + j), stride, n, at(pivot, j), at(s1, j), at(s2, j))
 
 
 @helper
@@ -477,7 +541,7 @@ def sums_block(x, stride, n_rows, length, channels, plan, buffer, pivot, s1, s2)
                 sums_apart(at(x, r * stride), stride, n, width, plan.sums_fold, fetch, pivot, s1, s2)
             else:
                 sums_run(gather(at(x, r * stride), stride, n, width, buffer), n * width, plan.sums_fold * width,
-                         plan.held, np.int64(NEAR), pivot, s1, s2)
+                         plan.held, near_or_nothing(plan, size_of(x)), pivot, s1, s2)
     fold_sums(s1, channels, plan.repeat, plan.sums_fold)
     fold_sums(s2, channels, plan.repeat, plan.sums_fold)
 
@@ -773,8 +837,10 @@ def on_lines(y, stride, length):
 @helper
 def count_pairs(y, length, width, stream):
     """How many pairs of rows there are behind a run's first line, if its rows are taken two at a time: then the
-    coefficients are loaded half as often. Not of wider rows than 512 columns."""
-    if stream or width > TILE or width % STRIP or (LOADS_TWO and length * size_of(y) > FIRST_BYTES):
+    coefficients are loaded half as often. Not of wider rows than 512 columns, nor by AVX2, which has few registers."""
+    if VECTOR_BYTES < LINE or stream or width > TILE or width % STRIP:
+        return 0
+    if LOADS_TWO and length * size_of(y) > FIRST_BYTES:
         return 0
     return max(0, length - before_line(y)) // (2 * width)
 
@@ -815,15 +881,16 @@ def trails(y, x):
 
 
 @helper
-def goes_back(y, x, each):
-    """Whether to take strips from the last one on; not those of images (each = 0), which would take longer."""
-    return each != 0 and trails(y, x)
+def goes_back(y, x, each, stream):
+    """Whether to take strips from the last one on; not those of images (each = 0), nor AVX2's through the caches, which
+    would take longer."""
+    return each != 0 and (stream or VECTOR_BYTES == LINE) and trails(y, x)
 
 
 @helper
-def grad_goes_back(grad_x, dy, x, each):
+def grad_goes_back(grad_x, dy, x, each, stream):
     """The same with two inputs, of which either may be in the way."""
-    return ((goes_back(grad_x, dy, each) or goes_back(grad_x, x, each))
+    return ((goes_back(grad_x, dy, each, stream) or goes_back(grad_x, x, each, stream))
             and not (trails(dy, grad_x) or trails(x, grad_x)))
 
 
@@ -874,7 +941,7 @@ def affine_strips(
     y_ahead,    # 0: fetch nothing ahead
 ):
     step = STRIP
-    if goes_back(y, x, each):
+    if goes_back(y, x, each, stream):
         end = (n_strips - 1) * STRIP
         x, y, coefs = at(x, end), at(y, end), at(coefs, each * end)
         step = -STRIP
@@ -1055,7 +1122,7 @@ def affine_pair(
 
 @inline
 def affine_pairs_as(x, n_pairs, width, coefs, relu, near, y):
-    first, step = (width - STRIP, -STRIP) if goes_back(y, x, 1) else (0, STRIP)
+    first, step = (width - STRIP, -STRIP) if goes_back(y, x, 1, False) else (0, STRIP)
     for pair in range(n_pairs):
         for strip in range(width // STRIP):
             rolled()
@@ -1106,7 +1173,7 @@ def affine_run(
     coefs, relu, near, stream, y, y_ahead,
 ):
     one = np.int64(1)
-    held = held and not stream and not goes_back(y, x, 1)
+    held = held and not stream and not goes_back(y, x, 1, False)
     n = count_held(y, length) if held else count_pairs(y, length, width, stream)
     begin = before_line(y) if n > 0 else 0
     done = begin + n * (HELD if held else 2 * width)
@@ -1207,14 +1274,54 @@ def grad_sums_strip(
     a = g
     b = g * (load_wide(x, n_columns) - load(mean, n_columns))
     for r in range(1, n_rows):
-        prefetch_row(at(dy, r * dy_stride), dy_stride, fetch)
-        prefetch_row(at(x, r * x_stride), x_stride, fetch)
+        prefetch_row(at(dy, r * dy_stride), dy_stride, n_columns, fetch)
+        prefetch_row(at(x, r * x_stride), x_stride, n_columns, fetch)
         x_row = at(x, r * x_stride)
         g = gate(load_wide(at(dy, r * dy_stride), n_columns), x_row, n_columns, coefs, relu)
         a = a + g
         b = muladd(g, load_wide(x_row, n_columns) - load(mean, n_columns), b)
     store(s1, load(s1, n_columns) + a)
     store(s2, load(s2, n_columns) + b)
+
+
+@inline
+def grad_sums_part(
+    dy, dy_stride,
+    dy_following,  # what to fetch
+    x, x_stride, x_following, n_rows, mean, s1, s2,
+):
+    ones = hidden_ones(STRIP)
+    a = b = zeros(STRIP)
+    done = n_rows // PARTS * PARTS
+    for r in range(0, done, PARTS):
+        for i in range(PARTS):
+            prefetch(at(dy_following, i * STRIP))
+            prefetch(at(x_following, i * STRIP))
+            g = load_wide(at(dy, (r + i) * dy_stride), STRIP)
+            a = muladd(g, ones, a)
+            b = muladd(g, load_wide(at(x, (r + i) * x_stride), STRIP) - load(mean, STRIP), b)
+        dy_following = at(dy_following, dy_stride)
+        x_following = at(x_following, x_stride)
+    for r in range(done, n_rows):
+        g = load_wide(at(dy, r * dy_stride), STRIP)
+        a = muladd(g, ones, a)
+        b = muladd(g, load_wide(at(x, r * x_stride), STRIP) - load(mean, STRIP), b)
+    store(s1, load(s1, STRIP) + a)
+    store(s2, load(s2, STRIP) + b)
+
+
+@inline
+def grad_sums_parts(dy, dy_stride, x, x_stride, n_rows, fetch, mean, coefs, relu, s1, s2):
+    """HELD columns by AVX2."""
+    for part in range(PARTS):
+        j = part * STRIP
+        if relu:
+            grad_sums_strip(at(dy, j), dy_stride, at(x, j), x_stride, n_rows, STRIP, fetch,
+                            at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
+        else:
+            grad_sums_part(at(dy, j), dy_stride, part_following(dy, dy_stride, n_rows, GRAD_ROWS_EACH, part),
+                           at(x, j), x_stride, part_following(x, x_stride, n_rows, GRAD_ROWS_EACH, part),
+                           n_rows, at(mean, j), at(s1, j), at(s2, j))
 
 
 @inline
@@ -1257,11 +1364,17 @@ def grad_sums_rows_as(
 def grad_sums_held(dy, dy_stride, x, x_stride, n_rows, width, fetch, mean, coefs, relu, s1, s2):
     if width > HELD:  # longer rows are near
         fetch = NOTHING
+    step = HELD_ROWS if VECTOR_BYTES == LINE else ROWS if relu else GRAD_ROWS_EACH
     for j in range(0, width, HELD):
-        for r in range(0, n_rows, HELD_ROWS):
-            grad_sums_strip(at(dy, r * dy_stride + j), dy_stride, at(x, r * x_stride + j), x_stride,
-                            min(HELD_ROWS, n_rows - r), HELD, fetch,
-                            at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
+        for r in range(0, n_rows, step):
+            n = min(step, n_rows - r)
+            dy_row, x_row = at(dy, r * dy_stride + j), at(x, r * x_stride + j)
+            if VECTOR_BYTES == LINE:
+                grad_sums_strip(dy_row, dy_stride, x_row, x_stride, n, HELD, fetch,
+                                at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
+            else:
+                grad_sums_parts(dy_row, dy_stride, x_row, x_stride, n, fetch,
+                                at(mean, j), at(coefs, j), relu, at(s1, j), at(s2, j))
 
 
 @helper
@@ -1377,7 +1490,8 @@ def grad_moments_task(
                 else:
                     grad_sums_run(gather(at(dy, r * dy_stride), dy_stride, n, width, dy_buffer),
                                   gather(at(x, r * x_stride), x_stride, n, width, x_buffer),
-                                  n * width, wide, plan.held, np.int64(NEAR), mean, coefs, relu, s1, s2)
+                                  n * width, wide, plan.held, near_or_nothing(plan, size_of(x)),
+                                  mean, coefs, relu, s1, s2)
         fold_sums(s1, channels, plan.repeat, plan.sums_fold)
         fold_sums(s2, channels, plan.repeat, plan.sums_fold)
         if index == chunk * plan.chunk:
@@ -1447,7 +1561,7 @@ def grad_affine_rest(dy, x, n_columns, coefs, relu, training, grad_x):
 @inline
 def grad_affine_strips(dy, dy_ahead, x, x_ahead, n_strips, coefs, each, relu, training, stream, grad_x, grad_x_ahead):
     step = STRIP
-    if grad_goes_back(grad_x, dy, x, each):
+    if grad_goes_back(grad_x, dy, x, each, stream):
         end = (n_strips - 1) * STRIP
         dy, x, grad_x, coefs = at(dy, end), at(x, end), at(grad_x, end), at(coefs, each * end)
         step = -STRIP
@@ -1670,7 +1784,7 @@ def grad_affine_pair(
 
 @inline
 def grad_affine_pairs_as(dy, x, n_pairs, width, coefs, relu, near, grad_x):
-    first, step = (width - STRIP, -STRIP) if grad_goes_back(grad_x, dy, x, 1) else (0, STRIP)
+    first, step = (width - STRIP, -STRIP) if grad_goes_back(grad_x, dy, x, 1, False) else (0, STRIP)
     for pair in range(n_pairs):
         for strip in range(width // STRIP):
             rolled()
@@ -1723,7 +1837,7 @@ def grad_affine_run(
     coefs, relu, training, stream, grad_x, grad_x_ahead,
 ):
     one = np.int64(1)
-    held = held and training and not stream and not grad_goes_back(grad_x, dy, x, 1)
+    held = held and training and not stream and not grad_goes_back(grad_x, dy, x, 1, False)
     n = count_held(grad_x, length) if held else count_pairs(grad_x, length, width, stream or not training)
     begin = before_line(grad_x) if n > 0 else 0
     done = begin + n * (HELD if held else 2 * width)

@@ -12,10 +12,13 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 LINE = 64  # bytes of a cache line
+FEATURES = binding.get_host_cpu_features()
+AVX2 = bool(FEATURES.get("avx2") and FEATURES.get("fma"))
+VECTOR_BYTES = 64 if FEATURES.get("avx512f") else 32 if AVX2 else 16
 AMD = binding.get_host_cpu_name().startswith(("amdfam", "btver", "bdver", "znver"))
-LOADS_TWO = AMD and bool(binding.get_host_cpu_features().get("avx512vp2intersect"))  # vectors a cycle; see machine.h
-ZEN3_OR_4 = AMD and bool(binding.get_host_cpu_features().get("vpclmulqdq")) and not LOADS_TWO
-ZEN4 = ZEN3_OR_4 and bool(binding.get_host_cpu_features().get("avx512f"))
+LOADS_TWO = AMD and bool(FEATURES.get("avx512vp2intersect"))  # vectors a cycle; see machine.h
+ZEN3_OR_4 = AMD and bool(FEATURES.get("vpclmulqdq")) and not LOADS_TWO
+ZEN4 = ZEN3_OR_4 and VECTOR_BYTES == LINE
 # A load waits for a store before it whose address differs by a multiple of this; on a Zen 5 it is not worth going back.
 ALIAS_BYTES = 1 << 62 if LOADS_TWO else 4096 if AMD else 1 << 20
 
@@ -163,7 +166,7 @@ def load(typingctx, pointer, size):
     return Vector(pointer.dtype, size.literal_value)(pointer, size), codegen
 
 
-DOUBLES = 8 if binding.get_host_cpu_features().get("avx512f") else 4  # in a register
+DOUBLES = max(4, VECTOR_BYTES // 8)  # in a register
 
 
 @intrinsic(prefer_literal=True)
@@ -187,11 +190,42 @@ def load_wide(typingctx, pointer, size):
     return Vector(types.float64, n)(pointer, size), codegen
 
 
+@intrinsic(prefer_literal=True)
+def zeros(typingctx, size):
+    """A vector of `size` zeros in float64."""
+    if not isinstance(size, types.IntegerLiteral):
+        return None
+    def codegen(context, builder, signature, args):
+        return ir.Constant(ir.VectorType(ir.DoubleType(), size.literal_value), None)
+    return Vector(types.float64, size.literal_value)(size), codegen
+
+
+@intrinsic(prefer_literal=True)
+def hidden_ones(typingctx, size):
+    """And of ones, of which LLVM does not know that: muladd(x, ones, y) is by the multipliers, in the bits of x + y."""
+    if not isinstance(size, types.IntegerLiteral):
+        return None
+    n = size.literal_value
+    def codegen(context, builder, signature, args):
+        double, i32 = ir.DoubleType(), ir.IntType(32)
+        one = builder.asm(ir.FunctionType(double, [double]), "", "=x,0", [double(1)], side_effect=False)
+        vector = builder.insert_element(ir.Constant(ir.VectorType(double, n), ir.Undefined), one, i32(0))
+        return builder.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(i32, n), None))
+    return Vector(types.float64, n)(size), codegen
+
+
 @intrinsic
 def store(typingctx, pointer, vector):
-    """Stores a vector at pointer."""
+    """Stores a vector at pointer, register by register from its first one on: left to LLVM, the last would be first."""
+    n = min(vector.size, DOUBLES * 64 // vector.dtype.bitwidth)
     def codegen(context, builder, signature, args):
-        builder.store(args[1], _vector_at(builder, args[0], vector.size), align=pointer.dtype.bitwidth // 8)
+        i32 = ir.IntType(32)
+        for i in range(0, vector.size, n):
+            part = args[1]
+            if n < vector.size:
+                part = builder.shuffle_vector(part, part, ir.Constant(ir.VectorType(i32, n), list(range(i, i + n))))
+            at_part = builder.gep(args[0], [ir.IntType(64)(i)])
+            builder.store(part, _vector_at(builder, at_part, n), align=pointer.dtype.bitwidth // 8)
         return context.get_dummy_value()
     return types.void(pointer, vector), codegen
 
