@@ -190,19 +190,20 @@ def batch_norm_inference(
     TypeError, ValueError
         As in `batch_norm`; and if a variance is negative.
     """
-    return normalize(x, mean, var, gamma, beta, axis, eps, activation, out, num_threads, backend)[0]
+    return normalize(x, mean, var, gamma, beta, axis, eps, activation, out, num_threads, backend, keep=False)[0]
 
 
 def normalize(
     x: ArrayLike, mean: ArrayLike, var: ArrayLike, gamma: ArrayLike | None, beta: ArrayLike | None,
     axis: int, eps: float, activation: str | None, out: NDArray[Any] | None,
-    num_threads: int | None, backend: str | None,
+    num_threads: int | None, backend: str | None, keep: bool = True,
 ) -> tuple[NDArray[Any], Saved]:
-    """batch_norm_inference, and what a backward through constant statistics needs (for the layer in eval mode)."""
+    """batch_norm_inference, and, if it is to be kept, what a backward through constant statistics needs (for the layer
+    in eval mode)."""
     kernels = _dispatch.kernels(backend)
     threads = _dispatch.thread_count(num_threads)
     whole = getattr(kernels, "whole_batch_norm_inference", None)
-    done = whole and whole(x, mean, var, gamma, beta, axis, eps, activation, out, threads)
+    done = whole and whole(x, mean, var, gamma, beta, axis, eps, activation, out, keep, threads)
     if done:
         y, count, in_place, stats, coefs = done
         return y, Saved(x, axis, count, eps, activation is not None, False, in_place, stats, coefs)

@@ -117,15 +117,15 @@ cdef int launch_inference(
     cdef double* copies = NULL
     try:
         if team > 1:
-            copies = scratch(&plan, (team - 1) * (STATISTICS + COEFFICIENTS))
+            copies = scratch(&plan, (team - 1) * COEFFICIENTS)
         with nogil:
             if is_alone(team):
-                inference_worker(x, stride, &plan, mean, var, gamma, beta, eps, relu, stream, stats, coefs, copies,
-                                 y, y_stride)
+                inference_worker(x, stride, &plan, mean, var, gamma, beta, eps, relu, stream, stats, coefs,
+                                 <floating*>copies, y, y_stride)
             else:
                 with parallel(num_threads=team):
-                    inference_worker(x, stride, &plan, mean, var, gamma, beta, eps, relu, stream, stats, coefs, copies,
-                                     y, y_stride)
+                    inference_worker(x, stride, &plan, mean, var, gamma, beta, eps, relu, stream, stats, coefs,
+                                     <floating*>copies, y, y_stride)
     finally:
         team_give(team)
         free(copies)
@@ -546,13 +546,16 @@ def whole_running(
 
 
 def whole_batch_norm_inference(
-    x, mean, var, gamma, beta, axis, eps, activation, out, int num_threads,
+    x, mean, var, gamma, beta, axis, eps, activation, out,
+    bint keep,                   # whether stats are to be filled
+    int num_threads,
 ):
     """(y, count, whether in place, stats, coefs), or None."""
     cdef cnp.ndarray y, stats, coefs
     cdef Plan plan
     cdef Py_ssize_t c, n_negative = 0
     cdef double* statistics
+    cdef double* kept
     cdef const double* means
     cdef const double* variances
     cdef int typenum
@@ -576,15 +579,16 @@ def whole_batch_norm_inference(
         return None
     y = new_like(x) if out is None else out
     coefs = new_rows(3, plan.channels, typenum)
+    kept = statistics if keep else NULL
     if typenum == cnp.NPY_FLOAT32:
         launch_inference[float](
             <float*>data_of(x), plan.channels * plan.inner, plan, means, variances,
-            <float*>data_of(gamma), <float*>data_of(beta), eps, activation is not None, statistics,
+            <float*>data_of(gamma), <float*>data_of(beta), eps, activation is not None, kept,
             <float*>data_of(coefs), <float*>data_of(y), plan.channels * plan.inner, num_threads)
     else:
         launch_inference[double](
             <double*>data_of(x), plan.channels * plan.inner, plan, means, variances,
-            <double*>data_of(gamma), <double*>data_of(beta), eps, activation is not None, statistics,
+            <double*>data_of(gamma), <double*>data_of(beta), eps, activation is not None, kept,
             <double*>data_of(coefs), <double*>data_of(y), plan.channels * plan.inner, num_threads)
     return y, plan.outer * plan.inner, data_of(y) == data_of(x), stats, coefs
 

@@ -467,8 +467,8 @@ def whole_batch_norm(x, gamma, beta, axis, eps, activation, out, num_threads):
     return y, view[0] * view[2], is_in_place(out, x), stats, coefs
 
 
-def whole_batch_norm_inference(x, mean, var, gamma, beta, axis, eps, activation, out, num_threads):
-    """(y, count, whether in place, stats, coefs), or None."""
+def whole_batch_norm_inference(x, mean, var, gamma, beta, axis, eps, activation, out, keep, num_threads):
+    """(y, count, whether in place, stats, coefs), or None; stats even if they are not to be kept."""
     view = plain_view(x, axis)
     if not (view and are_plain_options(gamma, beta, eps, activation, view[1], x.dtype)
             and is_plain_vector(mean, view[1], np.float64) and is_plain_vector(var, view[1], np.float64)
