@@ -112,6 +112,21 @@ def test_outputs_that_bypass_the_caches(compiled, dtype, layout):
     assert (around[::2] == UNTOUCHED).all()
 
 
+@pytest.mark.parametrize("shape", [(9, 4096), (40, 2080), (33, 1991)])
+def test_outputs_that_begin_anywhere_in_a_line(compiled, dtype, shape):
+    """Which decides where the tiles of wide rows begin."""
+    rng = np.random.default_rng(1)
+    x, grad_y = rng.standard_normal((2, *shape)).astype(dtype)
+    gamma, beta = rng.standard_normal((2, shape[1])).astype(dtype)
+    expected = everything(x, grad_y, gamma, beta, 1, backend=compiled, num_threads=1)
+    for offset in range(0, 64, 8):
+        for n in (1, 2, 3, 4):
+            outs = [at_address(np.full_like(x, np.nan), offset) for _ in range(3)]
+            actual = everything(x, grad_y, gamma, beta, 1, backend=compiled, num_threads=n, outs=outs)
+            assert_all_the_same(actual, expected)
+            assert all(is_untouched_around(out) for out in outs)
+
+
 WORK_FOR_64 = {  # 64 KiB for each thread, less than which none is woken for
     "2099x513": Layout((2099, 513)),
     "360007x3": Layout((360_007, 3)),

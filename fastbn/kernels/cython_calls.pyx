@@ -75,6 +75,7 @@ cdef int launch_affine(
 ) except -1:
     cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
     cdef bint stream = streams(&plan, 2 * sizeof(floating), x == y)
+    begin_with_lines(&plan, y, y_stride)
     with nogil:
         if is_alone(team):
             affine_worker(x, stride, &plan, coefs, relu, stream, y, y_stride)
@@ -92,6 +93,7 @@ cdef int launch_batch_norm(
     cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
     cdef bint stream = streams(&plan, 2 * sizeof(floating), x == y)
     cdef double* partial = NULL
+    begin_with_lines(&plan, y, y_stride)
     try:
         partial = scratch_of(&plan, MOMENTS, team)
         with nogil:
@@ -115,6 +117,7 @@ cdef int launch_inference(
     cdef int team = team_take(team_wanted(&plan, sizeof(floating), num_threads))
     cdef bint stream = streams(&plan, 2 * sizeof(floating), x == y)
     cdef double* copies = NULL
+    begin_with_lines(&plan, y, y_stride)
     try:
         if team > 1:
             copies = scratch(&plan, (team - 1) * COEFFICIENTS)
@@ -161,6 +164,7 @@ cdef int launch_grad_affine(
 ) except -1:
     cdef int team = team_take(team_wanted(&plan, 2 * sizeof(floating), num_threads))
     cdef bint stream = streams(&plan, 3 * sizeof(floating), dy == grad_x)
+    begin_with_lines(&plan, grad_x, grad_x_stride)
     with nogil:
         if is_alone(team):
             grad_affine_worker(dy, dy_stride, x, x_stride, &plan, coefs, linear, relu, True, stream,
@@ -182,6 +186,7 @@ cdef int launch_batch_norm_backward(
     cdef bint stream = streams(&plan, 3 * sizeof(floating), dy == grad_x)
     cdef double* partial = NULL
     cdef double* linear = NULL
+    begin_with_lines(&plan, grad_x, grad_x_stride)
     try:
         partial = scratch_of(&plan, SUMS, team)
         linear = scratch(&plan, LINEAR)
