@@ -217,6 +217,12 @@ def test_how_far_the_processors_are_apart(capfd, monkeypatch):
     assert "percentile of 2 times" in out
 
 
+def test_the_machine_tells_its_instruction_set(monkeypatch):
+    assert machine.describe()["instruction set"] in _dispatch.INSTRUCTION_SETS
+    monkeypatch.setenv("FASTBN_ISA", "baseline")
+    assert machine.describe()["instruction set"] == "baseline"
+
+
 def test_one_processor_is_not_apart(monkeypatch):
     monkeypatch.setattr(machine, "_usable", lambda: [3])
     assert roofline.trip() is None

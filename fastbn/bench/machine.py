@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from fastbn import _dispatch
+
 CPUS = Path("/sys/devices/system/cpu")
 
 
@@ -17,6 +19,7 @@ def describe() -> dict[str, str]:
     found = {
         "processor": _first_match("/proc/cpuinfo", r"model name\s*:\s*(.+)") or platform.processor(),
         "architecture": platform.machine(),
+        "instruction set": _instruction_set(),
         "processors usable": str(processors()),
         "caches": ", ".join(f"{name} {size}" for name, size in caches().items()),
         "memory": _memory(),
@@ -82,6 +85,14 @@ def stolen_share(spent: Ticks) -> float:
 def processors() -> int:
     """How many are usable."""
     return len(_usable())
+
+
+def _instruction_set() -> str:
+    """What the compiled kernels take."""
+    try:
+        return str(_dispatch.instruction_set()["chosen"])
+    except _dispatch.BackendUnavailableError:
+        return ""
 
 
 def _usable() -> list[int]:
